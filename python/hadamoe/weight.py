@@ -1,0 +1,168 @@
+"""The weight descriptor: how any stored matrix says which bytes mean what.
+
+One equation serves every format (DESIGN.md, section 1)::
+
+    y[t, n] = sum_k xr[t, k] * (scale[n, g] * table[code[n, k]] + bias[n, g]),   g = k // group
+
+A `Weight` is a grid of parts ``[expert][part]``: each part is a block of rows stored with one
+instance. A plain linear is one part; fused gate/up or q/k/v is several; a stack of experts is one
+row of parts per expert, each free to have its own width. Arrays are views of the file's bytes:
+nothing is copied, nothing is repacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import ContractError
+
+#: code -> value: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code - 2^(b-1), ``e2m1`` (MXFP4),
+#: ``codebook`` a stored f32 table, ``plain`` the number itself (bf16, f16, f32).
+TABLES = ("linear", "linear_signed", "e2m1", "codebook", "plain")
+SCALES = ("f32", "f16", "bf16", "e8m0")
+
+
+class Instance(NamedTuple):
+    """What a kernel is compiled for: table kind, bits per code, scale dtype.
+
+    For ``plain`` weights ``bits`` and ``scale`` name the stored number: (16, bf16), (16, f16), (32, f32).
+    """
+
+    table: str
+    bits: int
+    scale: str
+
+    def __str__(self) -> str:
+        return f"{self.table}{self.bits}/{self.scale}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A block of rows stored with one instance.
+
+    Attributes:
+        instance: table, bits and scale dtype of every row.
+        rows: number of rows n.
+        group: columns that share one scale; equal to the weight's columns for one scale per row.
+        codes: u8 ``[rows, row_bytes]``, each row one little-endian bit stream, LSB first.
+        scale: ``[rows, columns / group]`` in storage dtype (f32, or f16/bf16 bits as u16, or E8M0 as u8);
+            None for ``plain``.
+        bias: like scale, in the scale's dtype; only for ``linear``.
+        codebook: f32 ``[2**bits]``, only for ``codebook``.
+    """
+
+    instance: Instance
+    rows: int
+    group: int
+    codes: np.ndarray
+    scale: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    codebook: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a matrix-vector product reads: codes, scales and biases."""
+        return sum(a.nbytes for a in (self.codes, self.scale, self.bias) if a is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The orthogonal map post . H(block) . pre that a weight's columns were stored under.
+
+    Attributes:
+        block: size of one Hadamard block; None splits the columns into their distinct powers of
+            two, largest first (a power-of-two width is one block).
+        pre: f32 signs applied before the transform, repeated along the columns; None for ones.
+        post: f32 signs applied after it; None for ones.
+    """
+
+    block: int | None
+    pre: np.ndarray | None = None
+    post: np.ndarray | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rotation):
+            return NotImplemented
+        return self.block == other.block and all(
+            (a is None) == (b is None) and (a is None or np.array_equal(a, b))
+            for a, b in ((self.pre, other.pre), (self.post, other.post))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.block, None if self.pre is None else self.pre.tobytes()))
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix, or a stack of experts' matrices, as stored.
+
+    Attributes:
+        columns: k as the kernel sees it (a padded width where the format pads).
+        parts: ``[expert][part]``; every expert has the same number of rows in all.
+        rotation: what the input must go through first, or None.
+        in_features: columns of the matrix before padding.
+    """
+
+    columns: int
+    parts: tuple[tuple[Part, ...], ...]
+    rotation: Rotation | None = None
+    in_features: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.parts or not all(self.parts):
+            raise ContractError("Weight: parts is empty, needs at least one part per expert")
+        rows = {sum(p.rows for p in expert) for expert in self.parts}
+        if len(rows) != 1:
+            raise ContractError(f"Weight: experts have {sorted(rows)} rows, need one number")
+        if not self.in_features:
+            object.__setattr__(self, "in_features", self.columns)
+
+    @property
+    def rows(self) -> int:
+        """Rows n of one expert (all parts together)."""
+        return sum(p.rows for p in self.parts[0])
+
+    @property
+    def experts(self) -> int:
+        return len(self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for expert in self.parts for p in expert)
+
+    def instances(self) -> set[Instance]:
+        return {p.instance for expert in self.parts for p in expert}
+
+
+def fuse_rows(weights: Sequence[Weight]) -> Weight:
+    """Stack matrices that read the same input: rows of weights[0], then weights[1], ...
+
+    Nothing is copied; the result lists the parts side by side. All must share columns, rotation and
+    number of experts.
+    """
+    first = weights[0]
+    for w in weights[1:]:
+        if (w.columns, w.experts, w.rotation) != (first.columns, first.experts, first.rotation):
+            raise ContractError(
+                f"fuse_rows: columns={w.columns} experts={w.experts}, needs columns={first.columns} "
+                f"experts={first.experts} and one rotation"
+            )
+    parts = tuple(
+        tuple(p for w in weights for p in w.parts[e]) for e in range(first.experts)
+    )
+    return replace(first, parts=parts)
+
+
+def stack_experts(weights: Iterable[Weight]) -> Weight:
+    """One weight of E experts from E weights of one expert each; widths may differ."""
+    ws = list(weights)
+    for w in ws[1:]:
+        if (w.columns, w.rotation) != (ws[0].columns, ws[0].rotation):
+            raise ContractError(
+                f"stack_experts: columns={w.columns}, needs {ws[0].columns} and one rotation"
+            )
+    return replace(ws[0], parts=tuple(p for w in ws for p in w.parts))
