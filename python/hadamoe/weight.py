@@ -151,9 +151,7 @@ def fuse_rows(weights: Sequence[Weight]) -> Weight:
                 f"fuse_rows: columns={w.columns} experts={w.experts}, needs columns={first.columns} "
                 f"experts={first.experts} and one rotation"
             )
-    parts = tuple(
-        tuple(p for w in weights for p in w.parts[e]) for e in range(first.experts)
-    )
+    parts = tuple(tuple(p for w in weights for p in w.parts[e]) for e in range(first.experts))
     return replace(first, parts=parts)
 
 

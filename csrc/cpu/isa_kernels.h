@@ -1,0 +1,28 @@
+// The body of each isa_*.cpp: all kernels over one vector layer, in an unnamed namespace so that no
+// symbol built with this ISA's flags can be picked by the linker for another (no weak symbols, no
+// C++ standard headers; tests/test_architecture.py checks both).
+#include "kernels.h"
+#include "vec.h"
+
+#include "read_bytes.h"
+
+#if HM_ISA_GENERIC
+#define HM_TABLE kernels_generic
+#define HM_NAME "generic"
+#elif HM_ISA_AVX2
+#define HM_TABLE kernels_avx2
+#define HM_NAME "avx2"
+#elif HM_ISA_AVX512
+#define HM_TABLE kernels_avx512
+#define HM_NAME "avx512"
+#elif HM_ISA_NEON
+#define HM_TABLE kernels_neon
+#define HM_NAME "neon"
+#endif
+
+namespace hm {
+extern const Kernels HM_TABLE = {
+    HM_NAME,
+    read_bytes,
+};
+}  // namespace hm

@@ -1,0 +1,10 @@
+#include "ops.h"
+
+static const hm_op kOps[] = {
+    {"read_bytes", hm::op_read_bytes},
+};
+
+extern "C" const hm_op* hm_op_table(int32_t* count) {
+  *count = int32_t(sizeof(kOps) / sizeof(kOps[0]));
+  return kOps;
+}

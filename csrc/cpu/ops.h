@@ -1,0 +1,9 @@
+// The CPU's ops: one function per op file, listed once in ops.cpp.
+#pragma once
+#include "../core/abi.h"
+
+namespace hm {
+
+const char* op_read_bytes(const hm_args*);
+
+}  // namespace hm

@@ -1,0 +1,65 @@
+"""hadamoe: Qwen3.6-35B-A3B from its five published low-bit formats, on native kernels.
+
+`load` opens a checkpoint directory; `ops` are the kernels for numpy, torch and MLX arrays;
+`reference` says in numpy what each op means; `formats` reads the checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import ops
+from .errors import ContractError, DeviceError, FormatError, UnsupportedError
+from .ops import isa, isas, set_isa, set_threads, threads
+from .weight import Instance, Part, Rotation, Weight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContractError",
+    "DeviceError",
+    "FormatError",
+    "Instance",
+    "Part",
+    "Rotation",
+    "UnsupportedError",
+    "Weight",
+    "isa",
+    "isas",
+    "load",
+    "ops",
+    "set_isa",
+    "set_threads",
+    "threads",
+]
+
+
+def load(
+    directory: str,
+    *,
+    framework: str = "torch",
+    dtype: Any = None,
+    device: str = "cpu",
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Open a checkpoint directory as a ready model and its tokenizer.
+
+    Args:
+        directory: one of the five formats, or a plain BF16/F16 source.
+        framework: ``"torch"``: the transformers model with hadamoe's modules in place of linears,
+            embeddings, experts and the gated delta net.
+        dtype: of activations (a torch dtype or its name); None takes the checkpoint's.
+        device: ``"cpu"``.
+
+    Returns:
+        (model, tokenizer); tokenizer is None where the directory has none.
+
+    Raises:
+        FormatError: the directory is not what its format promises.
+        UnsupportedError: it needs an instance, framework or device this build lacks.
+    """
+    if framework != "torch":
+        raise UnsupportedError(f"load: framework is {framework!r}, needs 'torch'")
+    from . import torch_model
+
+    return torch_model.load(directory, dtype=dtype, device=device, **options)
