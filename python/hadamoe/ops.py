@@ -226,8 +226,8 @@ def dequantize(weight: Weight | PackedWeight, rows: Any = None, *, dtype: Any = 
     """Rows of a weight as numbers, its rotation undone.
 
     Args:
-        rows: integer ``[m]``, flat row numbers (expert-major), each in ``[0, E * n)``; None for all.
-            A torch or MLX array selects that framework for the result.
+        rows: integer ``[m]``, flat row numbers (expert-major), each in ``[0, E * n)``; None for
+            all. A torch or MLX array selects that framework for the result.
         dtype: of the result: f32 or f16.
 
     Returns:
@@ -282,8 +282,8 @@ def qmatmul(x: Any, weight: Weight | PackedWeight, *, expert: Any = None) -> Any
 class MoeWeights:
     """The six matrices of one mixture-of-experts block, packed with shared buffers.
 
-    ``gate_up`` and ``shared_gate_up`` hold gate rows, then up rows. All weights that carry a rotation
-    and read the hidden state share ``hidden``; those that read the inner state share ``inner``.
+    ``gate_up`` and ``shared_gate_up`` hold gate rows, then up rows. Weights that carry a rotation
+    share it: ``hidden`` for those that read the hidden state, ``inner`` for the down projections.
     """
 
     router: PackedWeight
@@ -334,8 +334,8 @@ def _shared_rotation(*weights: PackedWeight) -> Rotation | None:
 def moe_decode(x: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True) -> Any:
     """A whole mixture-of-experts block, any number of tokens.
 
-    ``p = softmax(router(x))``; the top_k largest (ties: the lower index), renormalised to sum 1 when
-    ``normalize``; ``y = sum_k p_k * down_k(silu(gate_k(x)) * up_k(x)) + sigmoid(shared_gate(x)) *
+    ``p = softmax(router(x))``; the top_k largest (ties: the lower index), renormalised to sum 1
+    when ``normalize``; ``y = sum_k p_k * down_k(silu(gate_k(x)) * up_k(x)) + sigmoid(shared_gate(x)) *
     shared(x)``. Rotations are applied inside, once per token and once per inner state.
 
     Args:

@@ -20,16 +20,16 @@ import numpy as np
 
 from .errors import ContractError
 
-#: code -> value: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code - 2^(b-1), ``e2m1`` (MXFP4),
-#: ``codebook`` a stored f32 table, ``plain`` the number itself (bf16, f16, f32).
-TABLES = ("linear", "linear_signed", "e2m1", "codebook", "plain")
+#: code -> value: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code - 2^(b-1), ``e2m1`` (MXFP4;
+#: ``e2m1_gguf`` in GGUF's blocks), ``codebook`` a stored f32 table, ``plain`` the number itself.
+TABLES = ("linear", "linear_signed", "e2m1", "e2m1_gguf", "codebook", "plain")
 SCALES = ("f32", "f16", "bf16", "e8m0")
 
 
 class Instance(NamedTuple):
     """What a kernel is compiled for: table kind, bits per code, scale dtype.
 
-    For ``plain`` weights ``bits`` and ``scale`` name the stored number: (16, bf16), (16, f16), (32, f32).
+    For ``plain`` weights bits and scale name the stored number: (16, bf16), (16, f16), (32, f32).
     """
 
     table: str
@@ -49,8 +49,8 @@ class Part:
         rows: number of rows n.
         group: columns that share one scale; equal to the weight's columns for one scale per row.
         codes: u8 ``[rows, row_bytes]``, each row one little-endian bit stream, LSB first.
-        scale: ``[rows, columns / group]`` in storage dtype (f32, or f16/bf16 bits as u16, or E8M0 as u8);
-            None for ``plain``.
+        scale: ``[rows, columns / group]`` in storage dtype (f32; f16 and bf16 bits as u16; E8M0 as
+            u8); None for ``plain``.
         bias: like scale, in the scale's dtype; only for ``linear``.
         codebook: f32 ``[2**bits]``, only for ``codebook``.
     """
@@ -148,8 +148,8 @@ def fuse_rows(weights: Sequence[Weight]) -> Weight:
     for w in weights[1:]:
         if (w.columns, w.experts, w.rotation) != (first.columns, first.experts, first.rotation):
             raise ContractError(
-                f"fuse_rows: columns={w.columns} experts={w.experts}, needs columns={first.columns} "
-                f"experts={first.experts} and one rotation"
+                f"fuse_rows: columns={w.columns} experts={w.experts}, "
+                f"needs columns={first.columns} experts={first.experts} and one rotation"
             )
     parts = tuple(tuple(p for w in weights for p in w.parts[e]) for e in range(first.experts))
     return replace(first, parts=parts)
