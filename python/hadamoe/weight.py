@@ -20,8 +20,8 @@ import numpy as np
 
 from .errors import ContractError
 
-#: code -> value: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code - 2^(b-1), ``e2m1`` (MXFP4;
-#: ``e2m1_gguf`` in GGUF's blocks), ``codebook`` a stored f32 table, ``plain`` the number itself.
+#: code -> value: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code - 2^(b-1), ``e2m1`` MXFP4,
+#: ``e2m1_gguf`` the same in GGUF's blocks, ``codebook`` a stored f32 table, ``plain`` the number.
 TABLES = ("linear", "linear_signed", "e2m1", "e2m1_gguf", "codebook", "plain")
 SCALES = ("f32", "f16", "bf16", "e8m0")
 
