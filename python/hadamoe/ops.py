@@ -336,7 +336,8 @@ def moe_decode(x: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True) -
 
     ``p = softmax(router(x))``; the top_k largest (ties: the lower index), renormalised to sum 1
     when ``normalize``; ``y = sum_k p_k * down_k(silu(gate_k(x)) * up_k(x)) +
-    sigmoid(shared_gate(x)) * shared(x)``. Rotations are applied inside, once per token and once per inner state.
+    sigmoid(shared_gate(x)) * shared(x)``. Rotations are applied inside, once per token and once per
+    inner state.
 
     Args:
         x: ``[..., hidden]``, f32, f16 or bf16, not rotated.
