@@ -29,7 +29,7 @@ static inline uint16_t f32_to_bf16(float f) {
 static inline float f16_to_f32(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, mag = h & 0x7fff;
   if (mag >= 0x7c00) return bits_to_f32(sign | 0x7f800000u | (mag & 0x3ff) << 13);
-  if (mag >= 0x0400) return bits_to_f32(sign | (mag << 13) + (112u << 23));
+  if (mag >= 0x0400) return bits_to_f32(sign | ((mag << 13) + (112u << 23)));
   return bits_to_f32(sign | f32_to_bits(float(mag) * 0x1p-24f));  // subnormals are exact in f32
 }
 

@@ -18,7 +18,11 @@ void read_bytes(const ReadTask& task, int64_t begin, int64_t end) {
         _mm_prefetch(reinterpret_cast<const char*>(p + i + 64 * j + 4096), _MM_HINT_T1);
         v[j] = _mm512_add_epi64(v[j], _mm512_loadu_si512(p + i + 64 * j));
       }
-    for (int j = 0; j < 4; ++j) s[j] += uint64_t(_mm512_reduce_add_epi64(v[j]));
+    for (int j = 0; j < 4; ++j) {  // not _mm512_reduce_add_epi64: gcc writes it with signed adds, which overflow
+      uint64_t w[8];
+      _mm512_storeu_si512(w, v[j]);
+      for (int l = 0; l < 8; ++l) s[j] += w[l];
+    }
 #endif
     for (; i + 32 <= size; i += 32)
       for (int j = 0; j < 4; ++j) {

@@ -1,0 +1,129 @@
+"""Builds runner.cpp with the core, straight from the sources: no Python module, no install.
+
+Targets: ``native`` (this CPU's compiler), ``sanitized`` (with AddressSanitizer and UBSan),
+``threads`` (ThreadSanitizer), ``aarch64`` (cross-compiled, run under qemu). Objects are cached by
+the hash of everything that goes into them, in a folder of the system's temporary directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
+X86 = platform.machine() in ("x86_64", "AMD64")
+CROSS = "aarch64-linux-gnu-g++"
+COMMON = ["-std=c++17", "-pthread", "-ffp-contract=off"]
+SANITIZE = ["-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+EXTRA = {
+    "native": [],
+    "sanitized": [*SANITIZE, "-fsanitize=address,undefined"],
+    "threads": [*SANITIZE, "-fsanitize=thread"],
+    "aarch64": ["-static"],
+}
+#: Debian packages that bring what a target needs beyond a C++ compiler.
+PACKAGES = {"aarch64": "g++-aarch64-linux-gnu and qemu-user", "qemu-x86_64": "qemu-user"}
+
+
+def compiler(target: str) -> str | None:
+    """The compiler of a target, or None where it is not installed."""
+    if target == "aarch64":
+        return shutil.which(CROSS)
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+@cache
+def available(target: str) -> bool:
+    """Whether the target can be built and run here (a sanitizer may be absent from a toolchain)."""
+    cxx = compiler(target)
+    if cxx is None or (target == "aarch64" and not shutil.which("qemu-aarch64")):
+        return False
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = [f for f in EXTRA[target] if f.startswith(("-fsanitize", "-static"))]
+        probe = [cxx, "-x", "c++", "-", "-o", f"{tmp}/probe", *flags]
+        return subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode == 0
+
+
+def missing(target: str) -> str:
+    """What a skipped test says."""
+    return f"{target} cannot be built here (Debian: {PACKAGES.get(target, 'g++')})"
+
+
+def isa_flags() -> dict[str, list[str]]:
+    """Flags per ISA as CMakeLists.txt sets them, so that tests run the code users run."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    return {
+        name: flags.split() for name, flags in re.findall(r"set\(hm_flags_(\w+) ([^)]*)\)", text)
+    }
+
+
+def units(target: str) -> dict[Path, list[str]]:
+    """Every translation unit of the runner and its own flags."""
+    isas = ["generic", "neon"] if target == "aarch64" or not X86 else ["generic", "avx2", "avx512"]
+    flags = isa_flags()
+    found = {CSRC / "core" / "pool.cpp": ["-O2"], Path(__file__).with_name("runner.cpp"): ["-O2"]}
+    for path in sorted((CSRC / "cpu").glob("*.cpp")):
+        if not path.stem.startswith("isa_"):
+            found[path] = ["-O2"]
+        elif path.stem.removeprefix("isa_") in isas:
+            leaf = [
+                "-fno-exceptions",
+                "-fno-rtti",
+                "-fno-asynchronous-unwind-tables",
+                "-fno-math-errno",
+            ]
+            found[path] = [*flags[path.stem.removeprefix("isa_")], *leaf]
+    return found
+
+
+@cache
+def _headers_hash() -> str:
+    h = hashlib.sha256()
+    for path in sorted(CSRC.rglob("*.h")):
+        h.update(path.read_bytes())
+    return h.hexdigest()
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"hadamoe-native-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _make(command: list[str], output: Path) -> Path:
+    if not output.exists():
+        part = output.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        part.rename(output)
+    return output
+
+
+def compile_one(path: Path, target: str) -> Path:
+    """The object file of one translation unit."""
+    cxx = compiler(target)
+    assert cxx, missing(target)
+    # The target's flags come last: a sanitizer's -O1 replaces the -O3 of the kernels.
+    flags = [*COMMON, *units(target)[path], *EXTRA[target]]
+    key = "".join([cxx, *flags, _headers_hash(), path.read_text()])
+    name = f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.o"
+    return _make([cxx, *flags, "-c", str(path)], _folder() / name)
+
+
+def runner(target: str) -> Path:
+    """The runner's executable for a target."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda path: compile_one(path, target), units(target)))
+    key = " ".join(map(str, objects)) + target
+    name = f"runner-{target}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    command = [compiler(target), *map(str, objects), *EXTRA[target], "-pthread"]
+    return _make(command, _folder() / name)
