@@ -1,0 +1,113 @@
+"""The ops on MLX arrays, eagerly, on the CPU.
+
+MLX lends its arrays through DLPack without a copy; each op allocates its result, evaluates it and
+the inputs, and lets the native code write into it. Evaluation is what makes this eager: inside
+``mx.compile`` and ``mx.vmap`` there is nothing to evaluate, and the ops raise `UnsupportedError`.
+No op has a derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import _cpu
+from .errors import ContractError, UnsupportedError
+
+#: dtypes of results, by numpy's or MLX's name.
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def _dtype(dtype: Any) -> mx.Dtype:
+    name = (
+        str(dtype).removeprefix("mlx.core.")
+        if isinstance(dtype, mx.Dtype)
+        else np.dtype(dtype).name
+    )
+    if name not in _DTYPES:
+        raise ContractError(f"dequantize: dtype is {name}, needs float32, float16 or bfloat16")
+    return _DTYPES[name]
+
+
+def _call(op: str, inputs: list, outputs: list, ints: list, floats: list) -> None:
+    arrays = [a for a in (*inputs, *outputs) if isinstance(a, mx.array)]
+    try:
+        mx.eval(arrays)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"{op}: MLX arrays are computed eagerly on the CPU, not inside mx.compile or mx.vmap"
+        ) from error
+    _cpu.call(op, inputs, outputs, ints, floats)
+
+
+def _rows(x: mx.array) -> mx.array:
+    return mx.contiguous(x.reshape(-1, x.shape[-1]))
+
+
+def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
+    """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
+    k = x.shape[-1]
+    y = mx.zeros((x.size // k, k if block is None else -(-k // block) * block), x.dtype)
+    _call("hadamard", [_rows(x), pre, post], [y], [block or 0], [])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
+    """`hadamoe.ops.dequantize`."""
+    index = mx.contiguous(rows.astype(mx.int64).reshape(-1))
+    y = mx.zeros((index.size, w.columns), _dtype(dtype))
+    _call("dequantize", [w.parts, index, *w.buffers], [y], [w.columns], [])
+    if w.rotation is not None:
+        r = w.rotation
+        y = hadamard(y, block=r.block, pre=r.post, post=r.pre)
+    return y.reshape(*rows.shape, w.columns)
+
+
+def qmatmul(x: mx.array, w: Any, *, expert: mx.array | None) -> mx.array:
+    """`hadamoe.ops.qmatmul`."""
+    flat = _rows(x)
+    shape: tuple[int, ...] = (flat.shape[0], w.rows)
+    if expert is not None:
+        if expert.shape[:-1] != x.shape[:-1]:
+            raise ContractError(f"qmatmul: expert has shape {expert.shape}, x has {x.shape}")
+        shape = (flat.shape[0], expert.shape[-1], w.rows)
+        expert = mx.contiguous(expert.astype(mx.int64).reshape(shape[:2]))
+    y = mx.zeros(shape, x.dtype)
+    _call("qmatmul", [flat, w.parts, expert, *w.buffers], [y], [], [])
+    return y.reshape(*x.shape[:-1], *shape[1:])
+
+
+def moe_decode(x: mx.array, moe: Any, *, top_k: int, normalize: bool) -> mx.array:
+    """`hadamoe.ops.moe_decode`."""
+    flat = _rows(x)
+    y = mx.zeros(flat.shape, x.dtype)
+    signs, tables, ints = moe.arguments(top_k, normalize)
+    _call("moe_decode", [flat, *signs, *tables, *moe.router.buffers], [y], ints, [])
+    return y.reshape(x.shape)
+
+
+def gated_delta(
+    proj: mx.array,
+    conv_weight: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    norm: mx.array,
+    conv_state: mx.array,
+    state: mx.array,
+    *,
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    eps: float,
+) -> mx.array:
+    """`hadamoe.ops.gated_delta`; writes into the memory of ``conv_state`` and ``state``.
+
+    MLX does not know of that write: give states no other array shares memory with.
+    """
+    b, t, _ = proj.shape
+    y = mx.zeros((b, t, heads[1] * head_dims[1]), proj.dtype)
+    inputs = [mx.contiguous(a) for a in (proj, conv_weight, a_log, dt_bias, norm)]
+    ints = [*heads, *head_dims]
+    _call("gated_delta", inputs, [y, conv_state, state], ints, [eps])
+    return y
