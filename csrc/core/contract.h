@@ -36,6 +36,11 @@ inline std::string dtype_name(DLDataType d) {
 inline char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 inline bool present(const DLTensor& t) { return t.ndim > 0 || t.data != nullptr; }
 
+// The hm_scale of an array of f32, f16 or bf16 numbers (its dtype already checked).
+inline hm_scale storage(const DLTensor& t) {
+  return t.dtype.code == kDLBfloat ? hm_bf16 : t.dtype.bits == 16 ? hm_f16 : hm_f32;
+}
+
 class Contract {
  public:
   explicit Contract(std::string_view op) : op_(op) {
@@ -58,7 +63,9 @@ class Contract {
     if (t.device.device_type != kDLCPU) fail(arg, "is not on the CPU");
     for (size_t i = 0; i < letters.size(); ++i) bind(arg, letters[i], t.shape[i]);
     int64_t stride = 1;
-    for (int i = t.ndim - 1; i >= 0; --i) {
+    bool empty = false;  // has no order to get wrong
+    for (int i = 0; i < t.ndim; ++i) empty |= t.shape[i] == 0;
+    for (int i = t.ndim - 1; i >= 0 && !empty; --i) {
       if (t.strides && t.shape[i] > 1 && t.strides[i] != stride) fail(arg, "is not contiguous, needs row-major");
       stride *= t.shape[i];
     }

@@ -43,3 +43,10 @@
   X(plain, 16, bf16)          \
   X(plain, 16, f16)           \
   X(plain, 32, f32)
+
+// hm_linear_2_bf16, ...: an instance's position in the list, the `instance` of hm_part.
+enum hm_instance {
+#define X(table, bits, scale) hm_##table##_##bits##_##scale,
+  HM_INSTANCES(X)
+#undef X
+};

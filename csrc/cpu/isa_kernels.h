@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include "dequantize.h"
+#include "hadamard.h"
 #include "read_bytes.h"
 
 #if HM_ISA_GENERIC
@@ -24,5 +26,7 @@ namespace hm {
 extern const Kernels HM_TABLE = {
     HM_NAME,
     read_bytes,
+    hadamard,
+    dequantize,
 };
 }  // namespace hm

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "../core/abi.h"
+
 namespace hm {
 
 // Sum of 64-bit words, as fast as memory delivers them: the yardstick for every other kernel.
@@ -13,9 +15,33 @@ struct ReadTask {
   int64_t block;      // bytes per block
 };
 
+// Dtypes of activations are hm_f32, hm_f16 or hm_bf16.
+struct HadamardTask {
+  const void* x;  // [r, k]
+  void* y;        // [r, columns]
+  hm_scale x_dtype, y_dtype;
+  int64_t k, columns;
+  int64_t block;             // 0: the powers of two of k, largest first
+  const float *pre, *post;   // nullptr: ones
+  int64_t pre_period, post_period;  // columns, or a multiple of block
+};
+
+struct DequantizeTask {
+  const hm_part* parts;  // [experts, per_expert]
+  int64_t per_expert;
+  int64_t rows;     // of one expert
+  int64_t columns;
+  const uint8_t* const* buffers;
+  const int64_t* index;  // expert-major row numbers
+  void* y;               // [len(index), columns]
+  hm_scale y_dtype;
+};
+
 struct Kernels {
   const char* name;
   void (*read_bytes)(const ReadTask&, int64_t begin, int64_t end);  // blocks
+  void (*hadamard)(const HadamardTask&, int64_t begin, int64_t end);  // blocks, or rows where block = 0
+  void (*dequantize)(const DequantizeTask&, int64_t begin, int64_t end);  // entries of index
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;

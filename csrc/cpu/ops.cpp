@@ -2,6 +2,8 @@
 
 static const hm_op kOps[] = {
     {"read_bytes", hm::op_read_bytes},
+    {"hadamard", hm::op_hadamard},
+    {"dequantize", hm::op_dequantize},
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count) {

@@ -5,5 +5,7 @@
 namespace hm {
 
 const char* op_read_bytes(const hm_args*);
+const char* op_hadamard(const hm_args*);
+const char* op_dequantize(const hm_args*);
 
 }  // namespace hm

@@ -40,6 +40,11 @@ inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   y = _mm256_blendv_ps(y, splat(bits_to_f32(0x7f800000u)), _mm256_cmp_ps(x, splat(88.72283f), _CMP_GT_OQ));
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
+template <int H>
+inline Vec swap_lanes(Vec v) {
+  if constexpr (H == 4) return _mm256_permute2f128_ps(v, v, 1);
+  return _mm256_permute_ps(v, H == 1 ? 0xB1 : 0x4E);
+}
 inline Vec from_u8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }

@@ -34,6 +34,11 @@ inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   y = _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, splat(88.72283f), _CMP_GT_OQ), splat(bits_to_f32(0x7f800000u)));
   return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
 }
+template <int H>
+inline Vec swap_lanes(Vec v) {
+  if constexpr (H < 4) return _mm512_permute_ps(v, H == 1 ? 0xB1 : 0x4E);
+  return _mm512_shuffle_f32x4(v, v, H == 4 ? 0xB1 : 0x4E);
+}
 inline Vec from_u8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

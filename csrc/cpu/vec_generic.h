@@ -49,6 +49,10 @@ inline Vec scale_pow2(Vec p, Vec n, Vec x) {
     return p.f[i] * bits_to_f32(uint32_t(half + 127) << 23) * bits_to_f32(uint32_t(e - half + 127) << 23);
   });
 }
+template <int H>
+inline Vec swap_lanes(Vec v) {
+  return each([&](int i) { return v.f[i ^ H]; });
+}
 inline Vec from_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
 inline Vec load_bf16(const uint16_t* p) {
   uint16_t h[kLanes];

@@ -34,6 +34,10 @@ inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   y = vbslq_f32(vcgtq_f32(x, splat(88.72283f)), splat(bits_to_f32(0x7f800000u)), y);
   return vbslq_f32(vceqq_f32(x, x), y, x);
 }
+template <int H>
+inline Vec swap_lanes(Vec v) {
+  return H == 1 ? vrev64q_f32(v) : vextq_f32(v, v, 2);
+}
 inline Vec from_u8(const uint8_t* p) {
   uint32_t u;
   memcpy(&u, p, 4);

@@ -1,0 +1,106 @@
+"""What each op means, in numpy. Slow, short, and what the tests compare every kernel with.
+
+`hadamard` and `dequantize` repeat the kernels' f32 arithmetic bit for bit. `gated_delta` works in
+f64: the number the f32 kernels approximate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .weight import Part, Weight
+
+#: E2M1 numbers (OCP Microscaling Formats 1.0, section 5.3.3) in code order.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def hadamard(x, *, block: int = 0, pre=None, post=None) -> np.ndarray:
+    """post * H(pre * x) along the last axis, in blocks, f32 (bit-exact meaning of the op).
+
+    H is the orthonormal Walsh-Hadamard transform in natural (Sylvester) order. ``block`` > 0: x is
+    zero-padded to a multiple of it, and each sum divided by f32(sqrt(block)) (TQ's rounding).
+    ``block`` = 0: k is cut into its powers of two, largest first, and each sum multiplied by
+    f32(1 / sqrt(size)) (JANGTQ's and MLX's).
+    """
+    x = np.asarray(x).astype(np.float32)
+    k = x.shape[-1]
+    y = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -k % block if block else 0)])
+    k = y.shape[-1]
+    y = y if pre is None else y * np.tile(pre, k // len(pre))
+    sizes = [block] * (k // block) if block else [1 << i for i in range(14, -1, -1) if k >> i & 1]
+    for size, end in zip(sizes, np.cumsum(sizes), strict=True):
+        part, h = y[..., end - size : end], 1
+        while h < size:
+            a, b = np.moveaxis(part.reshape(*part.shape[:-1], -1, 2, h), -2, 0)
+            part, h = np.stack([a + b, a - b], -2).reshape(part.shape), 2 * h
+        root = np.sqrt(np.float64(size))
+        y[..., end - size : end] = part / np.float32(root) if block else part * np.float32(1 / root)
+    return y if post is None else y * np.tile(post, k // len(post))
+
+
+def widen(array: np.ndarray, scale: str) -> np.ndarray:
+    """Stored numbers as f32: ``scale`` names the storage (f32, f16, bf16, e8m0), exactly."""
+    if scale == "bf16":
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if scale == "e8m0":
+        power = np.exp2(array.astype(np.float64) - 127)
+        return np.where(array == 255, np.nan, power).astype(np.float32)
+    return array.view({"f16": np.float16, "f32": np.float32}[scale]).astype(np.float32)
+
+
+def part_values(part: Part, columns: int) -> np.ndarray:
+    """f32 [rows, columns]: scale * table[code] + bias, product and sum each rounded to f32."""
+    table, bits, scale = part.instance
+    codes = np.ascontiguousarray(part.codes)
+    if table == "plain":
+        return widen(codes[:, : columns * bits // 8].copy(), scale)
+    if table == "e2m1_gguf":  # blocks of 32: one E8M0; codes 0..15 in low nibbles, 16..31 in high
+        block = codes[:, : columns // 32 * 17].reshape(part.rows, -1, 17)
+        halves = [block[..., 1:] & 15, block[..., 1:] >> 4]
+        code = np.concatenate(halves, -1).reshape(part.rows, columns)
+        scales = widen(block[..., 0], "e8m0")
+    else:
+        stream = np.unpackbits(codes, axis=1, bitorder="little")[:, : columns * bits]
+        code = stream.reshape(part.rows, columns, bits) @ (1 << np.arange(bits))
+        scales = widen(part.scale, scale)
+    count = np.arange(1 << bits)
+    tables = {"linear": count, "linear_signed": count - len(count) // 2, "codebook": part.codebook}
+    values = tables.get(table, E2M1)
+    group = np.arange(columns) // part.group
+    with np.errstate(all="ignore"):
+        product = scales[:, group] * values.astype(np.float32)[code]
+        return product if part.bias is None else product + widen(part.bias, scale)[:, group]
+
+
+def dequantize(weight: Weight, rows) -> np.ndarray:
+    """f32 [m, columns]: rows by flat index e * weight.rows + n, as stored (rotation not undone)."""
+    flat = [part_values(p, weight.columns) for expert in weight.parts for p in expert]
+    return np.concatenate(flat)[np.asarray(rows)]
+
+
+def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, hk: int, eps: float):
+    """(y, conv_state, state) after the tokens of proj [b, t, qkv | z | b | a], in f64.
+
+    Causal conv1d and SiLU on q, k, v; q and k normalised; S = e^g S + k (beta (v - (e^g S)^T k))^T;
+    y = norm * rms(S^T q) * silu(z). conv_state f[b, c, kernel] ends with the newest input; state is
+    S f[b, hv, dk, dv]. Yang, Kautz, Hatamizadeh 2024 (arXiv 2412.06464), equation 10.
+    """
+    proj, w, s, conv = (np.asarray(a, np.float64) for a in (proj, conv_weight, state, conv_state))
+    (b, t, _), (c, _), (_, hv, dk, dv) = proj.shape, w.shape, s.shape
+    qkv, z, beta, a = np.split(proj, np.cumsum([c, hv * dv, hv]), axis=-1)
+    sigmoid = lambda u: 1 / (1 + np.exp(-u))  # noqa: E731
+    beta, decay = sigmoid(beta), np.exp(-np.exp(np.float64(a_log)) * np.logaddexp(0, a + dt_bias))
+    y = np.empty((b, t, hv, dv))
+    for i in range(t):
+        conv = np.concatenate([conv[..., 1:], qkv[:, i, :, None]], -1)
+        x = (conv * w).sum(-1)
+        q, k, v = np.split(x * sigmoid(x), [hk * dk, 2 * hk * dk], axis=-1)
+        q, k = (np.repeat(u.reshape(b, hk, dk, 1), hv // hk, 1) for u in (q, k))
+        q, k = (u / np.sqrt((u * u).sum(2, keepdims=True) + 1e-6) for u in (q, k))
+        s = s * decay[:, i, :, None, None]
+        error = v.reshape(b, hv, 1, dv) - (s * k).sum(2, keepdims=True)
+        s = s + k * (beta[:, i, :, None, None] * error)
+        o = (s * q).sum(2) / np.sqrt(dk)
+        gate = z[:, i].reshape(b, hv, dv)
+        y[:, i] = norm * o / np.sqrt((o * o).mean(-1, keepdims=True) + eps) * gate * sigmoid(gate)
+    return y.reshape(b, t, hv * dv), conv, s
