@@ -27,7 +27,7 @@ def _extracted() -> Path:
 
 @functools.cache
 def checkpoint(name: str) -> Path:
-    """Directory of a checkpoint in `TINY` or `STDLIB`; shared by the session, do not write to it."""
+    """Directory of a checkpoint in `TINY` or `STDLIB`; shared, do not write to it."""
     if (EXAMPLES / name).is_dir():
         return EXAMPLES / name
     with tarfile.open(GOLDEN / "checkpoints" / f"{name}.tar.xz") as tar:

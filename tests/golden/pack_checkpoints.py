@@ -2,8 +2,8 @@
 
     python tests/golden/pack_checkpoints.py SOURCE_DIR
 
-Tensors no test reads (MTP heads; vision towers without recorded features) keep name, shape and dtype
-but repeat their first 4 KiB, so that they compress away. The archives are reproducible byte for byte.
+Tensors no test reads (MTP heads; vision towers without recorded features) keep name, shape and
+dtype but repeat their first 4 KiB, so that they compress away. The archives are reproducible.
 """
 
 from __future__ import annotations

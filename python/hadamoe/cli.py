@@ -1,0 +1,252 @@
+"""The commands: inspect, run, verify, synth, bench."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from . import ops, synth
+from .errors import ContractError, DeviceError, FormatError, UnsupportedError
+
+_ERRORS = (ContractError, FormatError, UnsupportedError, DeviceError, OSError)
+_EXTRA = {"torch": "torch", "transformers": "torch", "tokenizers": "torch", "matplotlib": "cli"}
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns the package's own errors into one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _ERRORS as e:
+            _fail(" ".join(str(e).split()))
+        except ModuleNotFoundError as e:
+            if e.name not in _EXTRA:
+                raise
+            _fail(f"this needs {e.name}; install it with: pip install 'hadamoe[{_EXTRA[e.name]}]'")
+
+
+def _fail(message: str) -> None:
+    print(f"hadamoe: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Qwen3.6-35B-A3B from its five published low-bit formats, on native kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores where not given.", min=1)]
+
+
+def _console() -> Console:
+    # Wide enough off a terminal that no table wraps; no colours there either.
+    width = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, markup=False, width=width)
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first ``left`` columns are text and the others numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right")
+    return table
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None:
+        # torch reads it once, when it is first imported
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        ops.set_threads(count)
+
+
+def _checkpoint(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise ContractError(f"{directory} is not a directory")
+    return directory
+
+
+@app.command()
+def run(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time.", min=0)
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much of the probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+    ignore_end: Annotated[bool, typer.Option(help="Go on after the end-of-text token.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations: float32, bfloat16, float16.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Stream text from a prompt; speed and memory at the end."""
+    _set_threads(threads)
+    _checkpoint(directory)
+    from . import load, torch_run
+
+    start = time.perf_counter()
+    model, tokenizer = load(str(directory), dtype=dtype)
+    opened = time.perf_counter() - start
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    if not chat:
+        show(prompt)
+    result = torch_run.stream(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        stop=not ignore_end,
+        on_text=show,
+    )
+    show("\n")
+    size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    rate = f"{result.decode_rate:.1f} tok/s" if result.new_tokens > 1 else "-"
+    lines = [
+        f"opened     {opened:.2f} s",
+        f"prefill    {result.prompt_tokens} tokens, {result.prefill_rate:.1f} tok/s",
+        f"decode     {result.new_tokens} tokens, {rate}",
+        f"memory     {torch_run.resident_bytes() / 1e6:,.0f} MB resident (with file pages)",
+        f"files      {size / 1e6:,.0f} MB",
+        f"kernels    {ops.isa()}, {ops.threads()} threads",
+    ]
+    print("\n" + "\n".join(lines), file=sys.stderr)
+
+
+@app.command(name="synth")
+def synth_command(
+    format: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(synth.FORMATS)}.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to create.", show_default=False)],
+    layers: Annotated[int | None, typer.Option(help="Fewer (or more) layers.", min=1)] = None,
+    shape: Annotated[str, typer.Option(help=f"Dimensions: {' or '.join(synth.PRESETS)}.")] = "full",
+    vision: Annotated[bool, typer.Option(help="Add the vision tower.")] = False,
+    mtp: Annotated[bool, typer.Option(help="The MTP head, where the format keeps it.")] = True,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Only say how large it would be.")] = False,
+) -> None:
+    """Write a full-shape synthetic checkpoint: real names, shapes and sizes, random codes."""
+    if shape not in synth.PRESETS:
+        raise ContractError(f"synth: shape={shape!r}, needs one of {', '.join(synth.PRESETS)}")
+    options = {} if layers is None else {"layers": layers}
+    plan = synth.plan(
+        format, replace(synth.PRESETS[shape], **options), vision=vision, mtp=mtp, seed=seed
+    )
+    files, tensors = len(plan.shards()), len(plan.tensors) + len(plan.mtp)
+    console = _console()
+    console.print(f"{format}: {plan.nbytes / 1e9:.3f} GB, {tensors:,} tensors in {files} files")
+    if dry_run:
+        return
+    start = time.perf_counter()
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=plan.nbytes)
+        path = plan.write(out, lambda n: bar.advance(task, n))
+    seconds = time.perf_counter() - start
+    console.print(f"wrote {path} in {seconds:.1f} s ({plan.nbytes / 1e6 / seconds:,.0f} MB/s)")
+
+
+@app.command()
+def verify(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Also read and check this checkpoint.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Prove the kernels' claims on this machine's own processor; exits with 1 if one fails."""
+    _set_threads(threads)
+    from . import verify as module
+
+    rows = module.run(_checkpoint(directory) if directory else None)
+    table = _table(f"claims on {ops.isa()}", "claim", "instance", "result", "detail", left=4)
+    for row in rows:
+        table.add_row(*map(str, row[:4]))
+    _console().print(table)
+    failed = sum(1 for row in rows if str(row[2]).lower() not in ("ok", "pass", "skip"))
+    if failed:
+        _fail(f"{failed} of {len(rows)} claims failed")
+
+
+@app.command()
+def bench(
+    directory: Annotated[
+        Path | None, typer.Argument(help="A checkpoint to run as a whole.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure here.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a roofline plot (PNG) here.")] = None,
+    seconds: Annotated[float, typer.Option(help="Spent on each measurement.", min=0.01)] = 0.3,
+    pool: Annotated[int, typer.Option(help="MB of weights each measurement reads.", min=1)] = 512,
+    prompt_tokens: Annotated[int, typer.Option(help="Of the model's prefill.", min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Of the model's decode.", min=2)] = 32,
+    instances: Annotated[bool, typer.Option(help="Measure the kernel instances.")] = True,
+) -> None:
+    """Measure read bandwidth, every kernel instance, and the prefill and decode of a checkpoint."""
+    _set_threads(threads)
+    from . import bench as measure
+
+    console = _console()
+    counts = sorted({1, ops.threads()})
+    bandwidth = {n: measure.read_bandwidth(n) for n in counts}
+    for n, rate in bandwidth.items():
+        console.print(f"read bandwidth, {n} thread{'s' * (n > 1)}: {rate:.1f} GB/s")
+    limit, rows, model = bandwidth[ops.threads()], [], None
+    if instances:
+        with console.status("") as status:
+            rows = measure.instances(
+                limit, budget=seconds, pool_bytes=pool << 20, progress=status.update
+            )
+        title = f"one token, {ops.isa()}, {ops.threads()} threads"
+        table = _table(title, "instance", "what", "rows", "GB/s", "of the limit", left=2)
+        for r in rows:
+            share = f"{100 * r.fraction:.0f} %"
+            table.add_row(r.instance, r.what, f"{r.rows} x {r.columns}", f"{r.gbytes:.1f}", share)
+        console.print(table)
+    if directory:
+        model = measure.model(_checkpoint(directory), limit, prompt_tokens, new_tokens)
+        table = _table(str(directory), "figure", "value")
+        for name, value in model.items():
+            table.add_row(name, value if isinstance(value, str) else f"{value:,.6g}")
+        console.print(table)
+    if json_file:
+        json_file.write_text(json.dumps(measure.report(bandwidth, rows, model), indent=2) + "\n")
+        console.print(f"wrote {json_file}")
+    if plot:
+        measure.plot(plot, limit, rows)
+        console.print(f"wrote {plot}")

@@ -1,0 +1,186 @@
+"""Generating text as a stream, scoring text, and what both cost."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import ContractError
+
+__all__ = ["Generation", "bits_per_byte", "encode", "resident_bytes", "stream"]
+
+
+def resident_bytes() -> int:
+    """RAM this process holds, mapped file pages included; its peak where the OS tells no more."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(slots=True)
+class Generation:
+    """One generated text and its timing.
+
+    Attributes:
+        prompt_tokens, new_tokens: counts. text: what was generated.
+        prefill_seconds: until the first new token. decode_seconds: from the first to the last.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    text: str = ""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second after the first; 0 where only one was generated."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(slots=True)
+class _Streamer:
+    """What transformers' generate() hands tokens to: first the prompt, then one token a call."""
+
+    decode: Callable[[list[int]], str] | None
+    on_text: Callable[[str], None]
+    result: Generation
+    start: float
+    first: float = 0.0
+    pending: list[int] = field(default_factory=list)
+
+    def put(self, value: torch.Tensor) -> None:
+        now, r = time.perf_counter(), self.result
+        if not r.prompt_tokens:
+            r.prompt_tokens = value.numel()
+            return
+        r.new_tokens += 1
+        if r.new_tokens == 1:
+            self.first, r.prefill_seconds = now, now - self.start
+        r.decode_seconds = now - self.first
+        self.pending += value.reshape(-1).tolist()
+        self._flush(final=False)
+
+    def end(self) -> None:
+        self._flush(final=True)
+
+    def _flush(self, final: bool) -> None:
+        if self.decode is None or not self.pending:
+            return
+        text = self.decode(self.pending)
+        # A character may span tokens: hold back until its last byte is there.
+        if text.endswith("\ufffd") and not final and len(self.pending) < 8:
+            return
+        self.pending.clear()
+        self.result.text += text
+        self.on_text(text)
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool = False) -> torch.Tensor:
+    """Token ids int64 ``[1, t]`` of a prompt; ``chat`` wraps it in the tokenizer's chat template.
+
+    Raises:
+        ContractError: no tokenizer, no chat template, or an empty prompt.
+    """
+    if tokenizer is None:
+        raise ContractError("run: the checkpoint has no tokenizer, cannot read a text prompt")
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ContractError("run: the checkpoint's tokenizer has no chat template")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ContractError("run: prompt is empty, needs at least one token")
+    return ids.to(torch.int64)
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | torch.Tensor,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    chat: bool = False,
+    stop: bool = True,
+    on_text: Callable[[str], None] = lambda _: None,
+) -> Generation:
+    """Generate from a prompt, handing text on as it appears.
+
+    Args:
+        prompt: text, or token ids int64 ``[1, t]``.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling; None leaves the global generator alone.
+        stop: False ignores the end-of-text token, for measurements.
+
+    Raises:
+        ContractError: a prompt that cannot be encoded, or options out of range.
+    """
+    if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ContractError(
+            f"run: max_tokens={max_tokens} temperature={temperature} top_p={top_p}, "
+            "needs max_tokens >= 1, temperature >= 0, 0 < top_p <= 1"
+        )
+    ids = encode(tokenizer, prompt, chat) if isinstance(prompt, str) else prompt
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    if not stop:
+        sampling["eos_token_id"] = None
+        sampling["min_new_tokens"] = max_tokens
+    result = Generation()
+    decode = None
+    if tokenizer is not None:
+        decode = lambda pending: tokenizer.decode(pending, skip_special_tokens=True)  # noqa: E731
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        streamer=_Streamer(decode, on_text, result, time.perf_counter()),
+        **sampling,
+    )
+    return result
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, data: bytes, window: int = 1024, batch: int = 4) -> float:
+    """Mean -log2 p of each byte under a byte-level model (token id = byte value).
+
+    Windows start from an empty state; the first byte of each is not scored.
+    """
+    nats, scored = 0.0, 0
+    windows = [data[i : i + window] for i in range(0, len(data), window)]
+    groups = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    if groups and len({len(w) for w in groups[-1]}) > 1:  # a shorter last window goes by itself
+        groups[-1:] = [groups[-1][:-1], groups[-1][-1:]]
+    for group in groups:
+        if len(group[0]) < 2:
+            continue
+        ids = torch.tensor([list(w) for w in group])
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+        nats -= logp.double().sum().item()
+        scored += logp.numel()
+    if not scored:
+        raise ContractError(f"bits_per_byte: data has {len(data)} bytes, needs at least 2")
+    return nats / scored / 0.6931471805599453
