@@ -234,7 +234,7 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object, read strictly (no repeated keys, no NaN); None where there is no file."""
+    """A JSON object, read strictly (no repeated keys, no NaN); None where there is no file."""
     try:
         with open(path, "rb") as f:
             text = f.read(_JSON_LIMIT + 1)
