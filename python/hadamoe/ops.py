@@ -239,7 +239,7 @@ def dequantize(weight: Weight | PackedWeight, rows: Any = None, *, dtype: Any = 
     if rows is None:
         rows = np.arange(w.experts * w.rows)
     if not isinstance(rows, np.ndarray | Sequence) and (module := _framework(rows)):
-        return module.dequantize(w, rows, dtype=dtype)
+        return module.dequantize(w, rows, dtype=dtype)[..., :in_features]
     index = np.ascontiguousarray(rows, np.int64)
     y = np.empty((*index.shape, w.columns), dtype)
     flat = y.reshape(-1, w.columns)
