@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ops
+from . import ops, transformers_hook
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 from .ops import isa, isas, set_isa, set_threads, threads
 from .weight import Instance, Part, Rotation, Weight
@@ -50,6 +50,9 @@ def load(
             embeddings, experts and the gated delta net.
         dtype: of activations (a torch dtype or its name); None takes the checkpoint's.
         device: ``"cpu"``.
+        options: ``rope=...`` merges rope settings over the checkpoint's, such as
+            ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``;
+            ``vision=False`` leaves a vision tower out.
 
     Returns:
         (model, tokenizer); tokenizer is None where the directory has none.
@@ -63,3 +66,6 @@ def load(
     from . import torch_model
 
     return torch_model.load(directory, dtype=dtype, device=device, **options)
+
+
+transformers_hook.install()

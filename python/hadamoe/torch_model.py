@@ -1,0 +1,217 @@
+"""load(): the transformers model of a checkpoint over our layers, its weights left in the files."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, Qwen3_5MoeConfig
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
+
+from . import formats, ops
+from .errors import ContractError, UnsupportedError
+from .formats import ModelFiles
+from .torch_layers import Attention, GatedDeltaNet, QEmbedding, QLinear, SparseMoeBlock
+from .weight import Instance, Part, Weight, fuse_rows
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    rope: dict[str, Any] | None = None,
+    vision: bool = True,
+) -> tuple[nn.Module, Any]:
+    """Opens a checkpoint directory as a transformers model; reads no weight until it is used.
+
+    Args:
+        path: directory in any of the formats `hadamoe.inspect` knows.
+        dtype: of attention, its cache and the vision tower; None takes the config's (bfloat16 where
+            it names none). All else is f32 between layers and in every sum.
+        device: "cpu".
+        rope: overrides merged into the text model's rope parameters, such as
+            ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
+        vision: False leaves the vision tower out.
+
+    Returns:
+        (model, tokenizer): `Qwen3_5MoeForConditionalGeneration` where the files hold a vision
+        tower, else `Qwen3_5MoeForCausalLM`; the tokenizer is None where the directory has none.
+
+    Raises:
+        FormatError: the files are not what their format promises.
+        UnsupportedError: a device, framework or kernel instance this build has no code for.
+    """
+    check_device(device)
+    path = Path(path)
+    files = formats.read(path)
+    census(files)
+    config = formats.with_rope(files.config, rope) if rope else files.config
+    config = Qwen3_5MoeConfig(**config)
+    dtype = _dtype(dtype, config)
+    vision = vision and bool(files.vision)
+    with torch.device("meta"):
+        if vision:
+            model = hf.Qwen3_5MoeForConditionalGeneration(config)
+        else:
+            model = hf.Qwen3_5MoeForCausalLM(config.get_text_config())
+    if vision:
+        _fill_vision(model.model.visual, files, dtype)
+    _fill_text(model.model.language_model if vision else model.model, files, dtype)
+    head = files.weights["lm_head"]
+    model.lm_head = QLinear(head, dtype=torch.float32)
+    _finish(model, path, dtype)
+    return model, AutoTokenizer.from_pretrained(path) if files.tokenizer else None
+
+
+def from_pretrained(
+    path: str | PathLike[str], vision: bool, *args: Any, **options: Any
+) -> nn.Module:
+    """What transformers' auto classes call for our directories: `load` with their option names."""
+    rope = options.pop("rope_scaling", None) or options.pop("rope_parameters", None)
+    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+    device = options.pop("device_map", None)
+    if device in (None, "auto") or device == {"": "cpu"}:
+        device = "cpu"
+    # Where and how to fetch: nothing to do for a directory that is read in place.
+    for name in ("trust_remote_code", "local_files_only", "low_cpu_mem_usage", "use_safetensors"):
+        options.pop(name, None)
+    if args or options:
+        names = ", ".join([*map(repr, args), *options])
+        raise UnsupportedError(f"from_pretrained: {names} has no meaning for a hadamoe checkpoint")
+    return load(path, dtype=dtype, device=device, rope=rope, vision=vision)[0]
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises unless load() has code for this device."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ContractError(f"load: device={device!r}, needs 'cpu'") from None
+    if kind != "cpu":
+        raise UnsupportedError(
+            f"load: device={str(device)!r} has no kernels in this build, needs 'cpu'"
+        )
+
+
+def census(files: ModelFiles) -> None:
+    """Raises one UnsupportedError that lists every instance this build lacks for the checkpoint."""
+    have = set(ops.instances())
+    users: dict[str, int] = {}
+    plain = (_plain(t) for t in files.vision.values() if t.array.ndim == 2)
+    for weight in (*files.weights.values(), *plain):
+        for instance in weight.instances() - have:
+            users[str(instance)] = users.get(str(instance), 0) + 1
+    if users:
+        missing = ", ".join(f"{name} ({n} weights)" for name, n in sorted(users.items()))
+        known = " ".join(map(str, ops.instances()))
+        raise UnsupportedError(f"load: this build has no kernels for {missing}; it has {known}")
+
+
+def _dtype(dtype: torch.dtype | str | None, config) -> torch.dtype:
+    if dtype in (None, "auto"):
+        dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ContractError(f"load: dtype={dtype}, needs float32, bfloat16 or float16")
+    return dtype
+
+
+def _param(array: np.ndarray, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(
+        torch.from_numpy(np.ascontiguousarray(array)).to(dtype), requires_grad=False
+    )
+
+
+def _norm(gamma: np.ndarray) -> nn.Parameter:
+    """transformers' module multiplies by 1 + weight, in f32."""
+    return _param(gamma - np.float32(1), torch.float32)
+
+
+def _fill_text(text: nn.Module, files: ModelFiles, dtype: torch.dtype) -> None:
+    w, v, config = files.weights, files.tensors, text.config
+    text.embed_tokens = QEmbedding(w["embed_tokens"], dtype)
+    text.norm.weight = _norm(v["norm"])
+    text.rotary_emb = type(text.rotary_emb)(config)  # its frequencies must not stay on meta
+    for i, layer in enumerate(text.layers):
+        at = f"layers.{i}."
+        layer.input_layernorm.weight = _norm(v[at + "input_layernorm"])
+        layer.post_attention_layernorm.weight = _norm(v[at + "post_attention_layernorm"])
+        if layer.block_type == "full_attention":
+            at_ = at + "self_attn."
+            qkvo = (w[f"{at_}{n}_proj"] for n in "qkvo")
+            layer.self_attn = Attention(config, i, *qkvo, dtype)
+            layer.self_attn.q_norm.weight = _norm(v[at_ + "q_norm"])
+            layer.self_attn.k_norm.weight = _norm(v[at_ + "k_norm"])
+        else:
+            layer.linear_attn = _linear_attention(config, i, w, v)
+        layer.mlp = _moe(config, at + "mlp.", w)
+
+
+def _linear_attention(config, i: int, w, v) -> GatedDeltaNet:
+    at = f"layers.{i}.linear_attn."
+    vectors = {
+        "conv_weight": v[at + "conv1d"],
+        "a_log": v[at + "A_log"],
+        "dt_bias": v[at + "dt_bias"],
+        "norm": v[at + "norm"],
+    }
+    projections = [w[f"{at}in_proj_{n}"] for n in ("qkv", "z", "b", "a")]
+    return GatedDeltaNet(config, i, projections, w[at + "out_proj"], vectors)
+
+
+def _moe(config, at: str, w) -> SparseMoeBlock:
+    return SparseMoeBlock(
+        {
+            "router": w[at + "gate"],
+            "gate_up": w[at + "experts.gate_up"],
+            "down": w[at + "experts.down"],
+            "shared_gate_up": fuse_rows(
+                [w[at + "shared_expert.gate_proj"], w[at + "shared_expert.up_proj"]]
+            ),
+            "shared_down": w[at + "shared_expert.down_proj"],
+            "shared_gate": w[at + "shared_expert_gate"],
+        },
+        config.num_experts_per_tok,
+    )
+
+
+def _fill_vision(visual: nn.Module, files: ModelFiles, dtype: torch.dtype) -> None:
+    """Linears stay in the files like the text model's; the few norms and tables are copied."""
+    for name, module in list(visual.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            weight = files.weights.get(f"visual.{name}")
+            if weight is None:
+                weight = _plain(files.vision[f"visual.{name}.weight"])
+            bias = files.vision[f"visual.{name}.bias"].f32()
+            setattr(visual.get_submodule(parent), leaf, QLinear(weight, bias=bias))
+    for name, _ in list(visual.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        value = files.vision[f"visual.{name}"].f32()
+        setattr(visual.get_submodule(parent), leaf, _param(value, dtype))
+    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config)
+
+
+def _plain(stored: formats.Stored) -> Weight:
+    """A matrix of stored numbers as a weight: views of the same bytes."""
+    rows, columns = stored.array.shape
+    instance = Instance("plain", 32 if stored.dtype == "f32" else 16, stored.dtype)
+    return Weight(columns, ((Part(instance, rows, columns, stored.array.view(np.uint8)),),))
+
+
+def _finish(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    meta = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if meta:
+        raise AssertionError(
+            f"load: {len(meta)} tensors were given no values: {', '.join(meta[:5])}"
+        )
+    model.config.dtype = dtype
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.requires_grad_(False).eval()

@@ -1,0 +1,220 @@
+"""The ops for torch tensors, and as PyTorch operators ``torch.ops.hadamoe.*`` for torch.compile.
+
+A stored matrix travels as a part table (int64 ``[experts, parts, 12]``, csrc/core/abi.h) and the u8
+buffers its offsets point into. Each operator allocates its result, hands the arrays to the native
+entry of the same name and returns; checks are the native contract's, so a bad call raises the
+`ContractError` numpy callers get. Inference only: no operator has a derivative.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _cpu
+
+Tensor = torch.Tensor
+
+_lib = torch.library.Library("hadamoe", "DEF")
+
+
+def _op(schema: str):
+    """Registers the decorated function as the CPU meaning of ``schema``."""
+
+    def register(fn):
+        _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _lib.impl(schema.partition("(")[0], fn, "CPU")
+        return fn
+
+    return register
+
+
+def _fake(name: str):
+    """Registers the decorated function as the shapes and dtypes ``hadamoe::name`` returns."""
+    return torch.library.register_fake(f"hadamoe::{name}", lib=_lib)
+
+
+def _padded(columns: int, block: int) -> int:
+    return columns if block == 0 else (columns + block - 1) // block * block
+
+
+@_op("hadamard(Tensor x, Tensor? pre, Tensor? post, int block, ScalarType dtype) -> Tensor")
+def _hadamard(x, pre, post, block, dtype):
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], _padded(x.shape[-1], block)), dtype=dtype)
+    k, k2 = x.shape[-1], y.shape[-1]
+    _cpu.call("hadamard", [x.view(-1, k), pre, post], [y.view(-1, k2)], [block], [])
+    return y
+
+
+@_fake("hadamard")
+def _(x, pre, post, block, dtype):
+    return x.new_empty((*x.shape[:-1], _padded(x.shape[-1], block)), dtype=dtype)
+
+
+@_op(
+    "dequantize(Tensor parts, Tensor rows, Tensor[] buffers, int columns, ScalarType dtype)"
+    " -> Tensor"
+)
+def _dequantize(parts, rows, buffers, columns, dtype):
+    rows = rows.contiguous()
+    y = rows.new_empty((*rows.shape, columns), dtype=dtype)
+    _cpu.call("dequantize", [parts, rows.view(-1), *buffers], [y.view(-1, columns)], [columns], [])
+    return y
+
+
+@_fake("dequantize")
+def _(parts, rows, buffers, columns, dtype):
+    return rows.new_empty((*rows.shape, columns), dtype=dtype)
+
+
+@_op(
+    "qmatmul(Tensor x, Tensor parts, Tensor? expert, Tensor[] buffers, SymInt rows, "
+    "ScalarType dtype) -> Tensor"
+)
+def _qmatmul(x, parts, expert, buffers, rows, dtype):
+    x = x.contiguous()
+    k = x.shape[-1]
+    if expert is None:
+        y = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+        out = y.view(-1, rows)
+    else:
+        y = x.new_empty((*expert.shape, rows), dtype=dtype)
+        out = y.view(-1, expert.shape[-1], rows)
+        expert = expert.contiguous().view(-1, expert.shape[-1])
+    _cpu.call("qmatmul", [x.view(-1, k), parts, expert, *buffers], [out], [], [])
+    return y
+
+
+@_fake("qmatmul")
+def _(x, parts, expert, buffers, rows, dtype):
+    lead = x.shape[:-1] if expert is None else expert.shape
+    return x.new_empty((*lead, rows), dtype=dtype)
+
+
+@_op(
+    "moe_decode(Tensor x, Tensor? hidden_pre, Tensor? hidden_post, Tensor? inter_pre, "
+    "Tensor? inter_post, Tensor router, Tensor gate_up, Tensor down, Tensor shared_gate_up, "
+    "Tensor shared_down, Tensor shared_gate, Tensor[] buffers, int top_k, bool normalize, "
+    "int hidden_block, int inter_block, int rotated) -> (Tensor y, Tensor expert, Tensor weight)"
+)
+def _moe_decode(x, *args):
+    *arrays, buffers, top_k, normalize, hidden_block, inter_block, rotated = args
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    flat = x.view(-1, x.shape[-1])
+    expert = x.new_empty((flat.shape[0], top_k), dtype=torch.int32)
+    weight = x.new_empty((flat.shape[0], top_k), dtype=torch.float32)
+    _cpu.call(
+        "moe_decode",
+        [flat, *arrays, *buffers],
+        [y.view(flat.shape), expert, weight],
+        [top_k, int(normalize), hidden_block, inter_block, rotated],
+        [],
+    )
+    return y, expert, weight
+
+
+@_fake("moe_decode")
+def _(x, *args):
+    top_k, tokens = args[-5], x.numel() // x.shape[-1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((tokens, top_k), dtype=torch.int32),
+        x.new_empty((tokens, top_k), dtype=torch.float32),
+    )
+
+
+@_op(
+    "gated_delta(Tensor proj, Tensor conv_weight, Tensor a_log, Tensor dt_bias, Tensor norm, "
+    "Tensor(a!) conv_state, Tensor(b!) state, int key_heads, int value_heads, int key_dim, "
+    "int value_dim, float eps, ScalarType dtype) -> Tensor"
+)
+def _gated_delta(
+    proj, conv_weight, a_log, dt_bias, norm, conv_state, state, hk, hv, dk, dv, eps, dtype
+):
+    proj = proj.contiguous()
+    y = proj.new_empty((proj.shape[0], proj.shape[1], hv * dv), dtype=dtype)
+    _cpu.call(
+        "gated_delta",
+        [proj, conv_weight, a_log, dt_bias, norm],
+        [y, conv_state, state],
+        [hk, hv, dk, dv],
+        [eps],
+    )
+    return y
+
+
+@_fake("gated_delta")
+def _(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, hk, hv, dk, dv, eps, dtype):
+    return proj.new_empty((proj.shape[0], proj.shape[1], hv * dv), dtype=dtype)
+
+
+operators = torch.ops.hadamoe
+
+
+def as_tensor(array: Any) -> Tensor:
+    """A tensor over a numpy array's own memory, read-only maps included: no op writes a weight."""
+    if isinstance(array, Tensor):
+        return array
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _signs(v: Any) -> Tensor | None:
+    return None if v is None else as_tensor(v)
+
+
+def _stored(weight: Any) -> tuple[Tensor, list[Tensor]]:
+    return as_tensor(weight.parts), [as_tensor(b) for b in weight.buffers]
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+# What hadamoe.ops calls for torch tensors; arguments and results are documented there.
+
+
+def hadamard(x: Tensor, *, block: int | None = None, pre: Any = None, post: Any = None) -> Tensor:
+    """`hadamoe.ops.hadamard` on torch tensors."""
+    return operators.hadamard(x, _signs(pre), _signs(post), block or 0, x.dtype)
+
+
+def dequantize(weight: Any, rows: Tensor, *, dtype: Any = torch.float32) -> Tensor:
+    """`hadamoe.ops.dequantize` with torch rows: ``[..., columns]``, padding still there."""
+    parts, buffers = _stored(weight)
+    y = operators.dequantize(parts, rows.long(), buffers, weight.columns, _dtype(dtype))
+    r = weight.rotation
+    return y if r is None else hadamard(y, block=r.block, pre=r.post, post=r.pre)
+
+
+def qmatmul(x: Tensor, weight: Any, *, expert: Tensor | None = None) -> Tensor:
+    """`hadamoe.ops.qmatmul` on torch tensors."""
+    parts, buffers = _stored(weight)
+    return operators.qmatmul(x, parts, expert, buffers, weight.rows, x.dtype)
+
+
+def moe_decode(x: Tensor, moe: Any, *, top_k: int, normalize: bool = True) -> Tensor:
+    """`hadamoe.ops.moe_decode` on torch tensors."""
+    signs, tables, ints = moe.arguments(top_k, normalize)
+    buffers = [as_tensor(b) for b in moe.router.buffers]
+    arrays = [*map(_signs, signs), *map(as_tensor, tables)]
+    return operators.moe_decode(x, *arrays, buffers, *ints)[0]
+
+
+def gated_delta(
+    proj: Tensor,
+    *arrays: Tensor,
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    eps: float = 1e-6,
+) -> Tensor:
+    """`hadamoe.ops.gated_delta` on torch tensors."""
+    return operators.gated_delta(proj, *arrays, *heads, *head_dims, eps, proj.dtype)

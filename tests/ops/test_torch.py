@@ -1,0 +1,177 @@
+"""The ops on torch tensors: numpy's bits, torch.library's rules, and one fullgraph compile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.library import opcheck  # noqa: E402
+
+from hadamoe import ContractError, Instance, Part, Rotation, Weight, ops  # noqa: E402
+from hadamoe.torch_ops import as_tensor, operators  # noqa: E402
+
+K, N, E, I = 64, 48, 4, 32  # hidden, rows, experts, inner  # noqa: E741
+HEADS, HEAD_DIMS, KERNEL = (2, 4), (8, 16), 4
+C = 2 * HEADS[0] * HEAD_DIMS[0] + HEADS[1] * HEAD_DIMS[1]
+WIDTH = C + HEADS[1] * HEAD_DIMS[1] + 2 * HEADS[1]
+
+
+def weight(rng, rows, columns, experts=1, rotation=None):
+    """4-bit affine rows (group 32), then as many f32 rows: two parts per expert."""
+
+    def parts():
+        n = rows // 2
+        codes = rng.integers(0, 256, (n, columns // 2), dtype=np.uint8)
+        scale, bias = rng.normal(0, 0.05, (2, n, columns // 32)).astype(np.float16)
+        affine = Part(Instance("linear", 4, "f16"), n, 32, codes, scale, bias)
+        plain = rng.normal(0, 0.3, (rows - n, columns)).astype(np.float32).view(np.uint8)
+        return affine, Part(Instance("plain", 32, "f32"), rows - n, columns, plain)
+
+    return Weight(columns, tuple(parts() for _ in range(experts)), rotation)
+
+
+def one_row(rng, columns):
+    row = rng.normal(0, 0.3, (1, columns)).astype(np.float32).view(np.uint8)
+    return Weight(columns, ((Part(Instance("plain", 32, "f32"), 1, columns, row),),))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def signs(rng, n):
+    return rng.choice([-1.0, 1.0], n).astype(np.float32)
+
+
+def moe_weights(rng):
+    hidden = Rotation(None, signs(rng, K))
+    inner = Rotation(32, signs(rng, 32), signs(rng, 32))
+    return ops.MoeWeights.of(
+        router=weight(rng, E, K),
+        gate_up=weight(rng, 2 * I, K, E, hidden),
+        down=weight(rng, K, I, E, inner),
+        shared_gate_up=weight(rng, 2 * I, K, 1, hidden),
+        shared_down=weight(rng, K, I),
+        shared_gate=one_row(rng, K),
+    )
+
+
+def delta_arrays(rng, batch=2, tokens=3):
+    def f32(*shape):
+        return rng.normal(0, 0.5, shape).astype(np.float32)
+
+    return (
+        f32(batch, tokens, WIDTH), f32(C, KERNEL), f32(HEADS[1]), f32(HEADS[1]), f32(HEAD_DIMS[1]),
+        f32(batch, C, KERNEL), f32(batch, HEADS[1], *HEAD_DIMS),
+    )  # fmt: skip
+
+
+def same(torch_result, numpy_result):
+    assert isinstance(torch_result, torch.Tensor)
+    np.testing.assert_array_equal(torch_result.numpy(), numpy_result)
+
+
+def test_torch_and_numpy_give_the_same_bits(rng):
+    x = rng.normal(size=(2, 3, K)).astype(np.float32)
+    t, w = torch.from_numpy(x), weight(rng, N, K, E, Rotation(None, signs(rng, K)))
+    rotate = {"block": 16, "pre": signs(rng, 16), "post": signs(rng, K)}
+    same(ops.hadamard(t, **rotate), ops.hadamard(x, **rotate))
+    rows = np.array([[0, 5], [N * E - 1, 30]])
+    same(ops.dequantize(w, torch.from_numpy(rows)), ops.dequantize(w, rows))
+    same(ops.qmatmul(t, weight_one := weight(rng, N, K)), ops.qmatmul(x, weight_one))
+    expert = rng.integers(0, E, (2, 3, 2))
+    same(ops.qmatmul(t, w, expert=torch.from_numpy(expert)), ops.qmatmul(x, w, expert=expert))
+    moe = moe_weights(rng)
+    same(ops.moe_decode(t, moe, top_k=2), ops.moe_decode(x, moe, top_k=2))
+    arrays = delta_arrays(rng)
+    tensors = [torch.from_numpy(a.copy()) for a in arrays]
+    shape = {"heads": HEADS, "head_dims": HEAD_DIMS}
+    same(ops.gated_delta(*tensors, **shape), ops.gated_delta(*arrays, **shape))
+    same(tensors[5], arrays[5])
+    same(tensors[6], arrays[6])
+
+
+def test_bf16_results_are_rounded_f32_results(rng):
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    w = weight(rng, N, K)
+    assert torch.equal(ops.qmatmul(x, w), ops.qmatmul(x.float(), w).bfloat16())
+
+
+def operator_calls(rng):
+    """name -> arguments of one call of every operator."""
+    x = torch.from_numpy(rng.normal(size=(2, 3, K)).astype(np.float32))
+    one, many = ops.pack(weight(rng, N, K), weight(rng, N, K, E))
+    buffers = [as_tensor(b) for b in one.buffers]
+    expert = torch.from_numpy(rng.integers(0, E, (2, 3, 2)))
+    moe = moe_weights(rng)
+    moe_signs, tables, ints = moe.arguments(2, True)
+    moe_arrays = [None if a is None else as_tensor(a) for a in (*moe_signs, *tables)]
+    delta = [torch.from_numpy(a) for a in delta_arrays(rng)]
+    f32, bf16 = torch.float32, torch.bfloat16
+    table = as_tensor(many.parts)
+    return {
+        "hadamard": (x, None, as_tensor(signs(rng, 16)), 16, f32),
+        "hadamard padded": (x[..., :50].bfloat16(), None, None, 16, bf16),
+        "dequantize": (table, torch.tensor([[0, 7], [N, 3]]), buffers, K, bf16),
+        "qmatmul": (x, as_tensor(one.parts), None, buffers, N, f32),
+        "qmatmul strided": (x[:, ::2], as_tensor(one.parts), None, buffers, N, bf16),
+        "qmatmul expert": (x, table, expert, buffers, N, f32),
+        "moe_decode": (x, *moe_arrays, [as_tensor(b) for b in moe.router.buffers], *ints),
+        "gated_delta": (*delta, *HEADS, *HEAD_DIMS, 1e-6, f32),
+    }  # fmt: skip
+
+
+CALLS = operator_calls(np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    results = opcheck(getattr(operators, name.split()[0]).default, CALLS[name])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+class Small(torch.nn.Module):
+    """Every op once, in the order a model calls them."""
+
+    def forward(self, ids, table, dense, square, experts, moe, delta, state):
+        emb, buffers = table
+        x = operators.dequantize(emb, ids, buffers, K, torch.float32)
+        x = operators.hadamard(x, None, None, 0, torch.float32)
+        proj = operators.qmatmul(x, dense[0], None, dense[1], WIDTH, torch.float32)
+        y = operators.gated_delta(proj, *delta, *state, *HEADS, *HEAD_DIMS, 1e-6, torch.float32)
+        x = x + operators.qmatmul(y, square[0], None, square[1], K, torch.float32)
+        return operators.moe_decode(x, *moe, *experts)[0]
+
+
+def test_compile_fullgraph_of_every_op(rng):
+    def stored(w):
+        p = ops.pack(w)
+        return as_tensor(p.parts), [as_tensor(b) for b in p.buffers]
+
+    moe = moe_weights(rng)
+    moe_signs, tables, ints = moe.arguments(2, True)
+    moe_arrays = [None if a is None else as_tensor(a) for a in (*moe_signs, *tables)]
+    moe_arrays.append([as_tensor(b) for b in moe.router.buffers])
+    _, *delta = (torch.from_numpy(a) for a in delta_arrays(rng))
+    fixed = (
+        stored(weight(rng, N, K)), stored(weight(rng, WIDTH, K)),
+        stored(weight(rng, K, HEADS[1] * HEAD_DIMS[1])), ints, moe_arrays, delta[:4],
+    )  # fmt: skip
+    compiled = torch.compile(Small(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (3, 5):
+        ids = torch.arange(2 * tokens).view(2, tokens)
+        states = [[s.clone() for s in delta[4:]] for _ in range(2)]
+        want, got = Small()(ids, *fixed, states[0]), compiled(ids, *fixed, states[1])
+        assert torch.equal(want, got)
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_bad_input_raises_the_contract_error_of_the_native_op(rng):
+    w = weight(rng, N, K)
+    with pytest.raises(ContractError, match="qmatmul: "):
+        ops.qmatmul(torch.zeros(2, K + 32), w)
+    with pytest.raises(ContractError, match="qmatmul: "):
+        ops.qmatmul(torch.zeros(2, K, dtype=torch.float64), w)
