@@ -216,6 +216,42 @@ def _bytes_per_weight(instance: Instance) -> float:
     return instance.bits / 8 + scales / group
 
 
+def model(
+    directory: str | os.PathLike[str], bandwidth: float, prompt_tokens: int, new_tokens: int
+) -> dict[str, Any]:
+    """Prefill and decode of a whole checkpoint, beside the time of reading its weights alone.
+
+    Args:
+        bandwidth: 1e9 bytes/s of reading alone, at the current number of threads.
+
+    Raises:
+        FormatError, UnsupportedError: as `hadamoe.load`.
+    """
+    from . import inspect, load, torch_run
+
+    found = inspect.describe(directory)
+    start = time.perf_counter()
+    loaded, _ = load(str(directory))
+    opened = time.perf_counter() - start
+    ids = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens))
+    torch_run.generate(loaded, ids, 2)  # maps the pages, wakes the threads
+    done = torch_run.generate(loaded, ids, new_tokens)
+    floor = found.token_bytes / bandwidth / 1e9
+    return {
+        "format": found.format,
+        "file GB": found.file_bytes / 1e9,
+        "open s": opened,
+        "prompt tokens": done.prompt_tokens,
+        "prefill tok/s": done.prefill_rate,
+        "new tokens": done.new_tokens,
+        "decode tok/s": done.decode_rate,
+        "read GB/token": found.token_bytes / 1e9,
+        "floor tok/s": 1 / floor,
+        "time over floor": 1 / (floor * done.decode_rate),
+        "resident GB": torch_run.resident_bytes() / 1e9,
+    }
+
+
 def report(
     bandwidth: dict[int, float], rows: list[Row], model: dict[str, Any] | None
 ) -> dict[str, Any]:

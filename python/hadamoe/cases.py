@@ -81,6 +81,15 @@ def _scale(
     return to_storage(s, inst.scale)
 
 
+def _placed(rng: np.random.Generator, array: np.ndarray | None) -> np.ndarray | None:
+    """The array in memory of its own, half of the time at an odd address: MLX does not align."""
+    if array is None or rng.random() < 0.5:
+        return array
+    shifted = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    shifted[...] = array
+    return shifted
+
+
 def random_part(
     rng: np.random.Generator,
     inst: Instance,
@@ -89,7 +98,7 @@ def random_part(
     group: int,
     kind: str = "integer",
 ) -> Part:
-    """A part with random codes, scales, biases and codebook, each in memory of its own."""
+    """A part with random codes, scales, biases and codebook; every code occurs, rows allowing."""
     if inst.table == "plain":
         w = (
             rng.integers(-8, 9, (rows, columns))
@@ -97,11 +106,11 @@ def random_part(
             else (0.05 * rng.standard_normal((rows, columns)))
         )
         raw = to_storage(w.astype(np.float32), inst.scale)
-        return Part(inst, rows, columns, raw.view(np.uint8).reshape(rows, -1))
+        return Part(inst, rows, columns, _placed(rng, raw.view(np.uint8).reshape(rows, -1)))
     codes = rng.integers(0, 1 << inst.bits, (rows, columns))
     scale = _scale(rng, inst, (rows, columns // group), kind)
     if inst.table == "e2m1_gguf":
-        return Part(inst, rows, group, pack_gguf(codes, scale))
+        return Part(inst, rows, group, _placed(rng, pack_gguf(codes, scale)))
     bias = codebook = None
     if inst.table == "linear":
         b = (
@@ -118,7 +127,8 @@ def random_part(
             else (np.sort(rng.standard_normal(size)))
         )
         codebook = np.ascontiguousarray(codebook, np.float32)
-    return Part(inst, rows, group, pack_bits(codes, inst.bits), scale, bias, codebook)
+    arrays = [_placed(rng, a) for a in (pack_bits(codes, inst.bits), scale, bias)]
+    return Part(inst, rows, group, *arrays, codebook)
 
 
 def groups_of(inst: Instance, columns: int) -> list[int]:
@@ -208,6 +218,10 @@ def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> n
     return rounding_bound(terms, weight.columns + 4, y, dtype)
 
 
+#: Numpy dtypes of activations; bf16 goes through torch and MLX arrays.
+FLOATS = ("float32", "float16")
+
+
 def _integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return rng.integers(-4, 5, shape).astype(dtype)
 
@@ -290,10 +304,17 @@ def dequantize_cases(inst: Instance, seed: int = 0) -> Iterator[Case]:
 
 #: (columns, block, which signs, inverse) of the rotations tested: TQ's, JANGTQ's and the extremes.
 ROTATIONS = (
-    (1, None, "", False), (13, None, "pre", False), (512, None, "pre", False),
-    (768, None, "pre", True), (2048, None, "pre", False),
-    (300, 128, "pre post", False), (512, 128, "pre post", True), (64, 16, "post", False), (5, 4, "pre", False), (16384, 16384, "", False),
-)  # fmt: skip
+    (1, None, "", False),
+    (13, None, "pre", False),
+    (512, None, "pre", False),
+    (768, None, "pre", True),
+    (2048, None, "pre", False),
+    (300, 128, "pre post", False),
+    (512, 128, "pre post", True),
+    (64, 16, "post", False),
+    (5, 4, "pre", False),
+    (16384, 16384, "", False),
+)
 
 
 def hadamard_cases(seed: int = 0, dtype: str = "float32") -> Iterator[Case]:
@@ -312,3 +333,30 @@ def hadamard_cases(seed: int = 0, dtype: str = "float32") -> Iterator[Case]:
         run = partial(ops.hadamard, x, block=block, pre=pre, post=post, inverse=inverse)
         label = f"k={columns} block={block} {signs} inverse={inverse} {dtype}"
         yield Case("hadamard", "exact", label, None, lambda run=run: (run(),), (want,))
+
+
+def slice_rows(part: Part, begin: int, end: int) -> Part:
+    """Rows [begin, end) of a part; views, nothing is copied."""
+    end = min(end, part.rows)
+    scale, bias = (None if a is None else a[begin:end] for a in (part.scale, part.bias))
+    return replace(part, rows=end - begin, codes=part.codes[begin:end], scale=scale, bias=bias)
+
+
+def by_op_and_instance(
+    seed: int = 0,
+) -> Iterator[tuple[tuple[str, Instance | None], list[Case]]]:
+    """Every op with every instance of this build: ((op, instance or None), its cases)."""
+    yield ("hadamard", None), [c for t in FLOATS for c in hadamard_cases(seed, t)]
+    for inst in ops.instances():
+        yield ("dequantize", inst), list(dequantize_cases(inst, seed))
+    for inst in ops.instances():
+        both = [
+            c
+            for kind, t in (
+                ("integer", "float32"),
+                ("gaussian", "float32"),
+                ("gaussian", "float16"),
+            )
+            for c in qmatmul_cases(inst, kind, seed, t)
+        ]
+        yield ("qmatmul", inst), both

@@ -75,6 +75,14 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
     return table
 
 
+def _amount(n: float) -> str:
+    """12.34 G, 5.67 M, 8.9 k."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n:.0f} "
+
+
 def _set_threads(count: int | None) -> None:
     if count is not None:
         # torch reads it once, when it is first imported
@@ -86,6 +94,67 @@ def _checkpoint(directory: Path) -> Path:
     if not directory.is_dir():
         raise ContractError(f"{directory} is not a directory")
     return directory
+
+
+@app.command(name="inspect")
+def inspect_command(
+    directory: Directory,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    check: Annotated[bool, typer.Option(help="Also read every scale: none may be NaN.")] = False,
+) -> None:
+    """Say which format a directory is, why, what is stored how, and what running it takes."""
+    from . import inspect
+
+    found = inspect.describe(_checkpoint(directory), verify=check)
+    missing = found.missing(ops.instances())
+    if as_json:
+        # Not through rich: it would break long lines.
+        print(json.dumps({**found.as_dict(), "missing": [str(i) for i in missing]}, indent=2))
+        return
+    console = _console()
+    console.print(f"{found.path}: {found.format}")
+    for line in found.evidence:
+        console.print(f"  because {line}")
+    console.print(
+        f"  {found.layers} layers, {found.experts} experts ({found.top_k} a token), "
+        f"hidden {found.hidden}; {found.tensors:,} tensors, {_amount(found.file_bytes)}B"
+    )
+    columns = ("table", "bits", "group", "scale", "matrices", "weights", "MB", "MB/token")
+    table = _table("", "role", *columns, left=2)
+    for r in found.rows:
+        plain = r.instance.table == "plain"
+        table.add_row(
+            r.role + (" (rotated)" if r.rotated else ""),
+            r.instance.scale if plain else r.instance.table,
+            str(r.instance.bits),
+            "" if r.group is None else str(r.group),
+            "" if plain else r.instance.scale,
+            f"{r.count:,}",
+            f"{r.parameters:,}",
+            f"{r.nbytes / 1e6:,.2f}",
+            f"{r.token_bytes / 1e6:,.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"text model: {_amount(found.parameters)} weights, {_amount(found.nbytes)}B, "
+        f"{found.bits_per_weight:.3f} bits per weight"
+    )
+    console.print(f"read per decoded token: {_amount(found.token_bytes)}B")
+    if found.vision[0]:
+        console.print(f"vision tower: {found.vision[0]} tensors, {found.vision[1] / 1e6:,.1f} MB")
+    if found.mtp:
+        console.print(f"MTP head: {found.mtp} tensors, not used")
+    if found.kv_scales or found.kv_scales_ignored:
+        bad = f"; not usable, 1 instead: {', '.join(found.kv_scales_ignored)}"
+        bad = bad if found.kv_scales_ignored else ""
+        console.print(f"KV cache scales: {found.kv_scales} usable{bad}")
+    console.print(f"tokenizer: {'yes' if found.tokenizer else 'none'}")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    have = [str(i) for i in found.instances if i not in missing]
+    console.print(f"kernels here ({ops.isa()}): {' '.join(have)}")
+    if missing:
+        console.print(f"LACKING here: {' '.join(map(str, missing))}")
 
 
 @app.command()
@@ -187,18 +256,27 @@ def verify(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Prove the kernels' claims on this machine's own processor; exits with 1 if one fails."""
+    """Prove the kernels' claims on this machine's own processor; exit code 1 if one fails."""
     _set_threads(threads)
+    if directory:
+        _checkpoint(directory)
     from . import verify as module
 
-    rows = module.run(_checkpoint(directory) if directory else None)
-    table = _table(f"claims on {ops.isa()}", "claim", "instance", "result", "detail", left=4)
-    for row in rows:
-        table.add_row(*map(str, row[:4]))
-    _console().print(table)
-    failed = sum(1 for row in rows if str(row[2]).lower() not in ("ok", "pass", "skip"))
+    rows = module.run(directory)
+    table = _table("", "op", "instance", "isa", "claim", "result", "cases", "worst", "ms", left=5)
+    for r in rows:
+        worst = f"{r.worst:.3f}" if r.worst else ""
+        result = "ok" if r.passed else "FAILED"
+        table.add_row(r.op, r.instance, r.isa, r.claim, result, str(r.cases), worst, f"{r.ms:.0f}")
+    console = _console()
+    console.print(table)
+    console.print("worst: largest error over the error that rounding allows")
+    failed = [r for r in rows if not r.passed]
+    for r in failed:
+        console.print(f"{r.op} {r.instance} {r.isa} {r.claim}: {r.detail}")
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} claims hold on {ops.isas()}")
     if failed:
-        _fail(f"{failed} of {len(rows)} claims failed")
+        _fail(f"{len(failed)} of {len(rows)} claims failed")
 
 
 @app.command()
@@ -219,6 +297,8 @@ def bench(
 ) -> None:
     """Measure read bandwidth, every kernel instance, and the prefill and decode of a checkpoint."""
     _set_threads(threads)
+    if directory:
+        _checkpoint(directory)
     from . import bench as measure
 
     console = _console()
@@ -239,7 +319,7 @@ def bench(
             table.add_row(r.instance, r.what, f"{r.rows} x {r.columns}", f"{r.gbytes:.1f}", share)
         console.print(table)
     if directory:
-        model = measure.model(_checkpoint(directory), limit, prompt_tokens, new_tokens)
+        model = measure.model(directory, limit, prompt_tokens, new_tokens)
         table = _table(str(directory), "figure", "value")
         for name, value in model.items():
             table.add_row(name, value if isinstance(value, str) else f"{value:,.6g}")

@@ -14,7 +14,7 @@ import torch
 
 from .errors import ContractError
 
-__all__ = ["Generation", "bits_per_byte", "encode", "resident_bytes", "stream"]
+__all__ = ["Generation", "bits_per_byte", "encode", "generate", "resident_bytes", "stream"]
 
 
 def resident_bytes() -> int:
@@ -160,6 +160,12 @@ def stream(
         **sampling,
     )
     return result
+
+
+def generate(model: Any, ids: Any, new_tokens: int) -> Generation:
+    """Exactly ``new_tokens`` likeliest tokens after integer ids ``[1, t]``; for measurements."""
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    return stream(model, None, ids, max_tokens=new_tokens, stop=False)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 from hadamoe import _cpu
 from hadamoe.errors import ContractError
 
-from .backend import Crashed, Runner
+from .backend import Crashed
 from .conftest import start
 
 

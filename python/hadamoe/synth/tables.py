@@ -36,6 +36,7 @@ def _spread(value: float) -> Fill:
 
 
 def dense(name: str, m: Matrix, dtype: str, suffix: str = ".weight") -> Iterator[Tensor]:
+    """The matrix as it is, one number per weight."""
     yield Tensor(
         name + suffix, dtype, _stack(m, m.rows, m.columns), Fill("normal", 0, _std(m)), name
     )

@@ -1,0 +1,37 @@
+"""The native module: the op table, the instances compiled in, and who runs them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+def call(
+    op: str,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    ints: Sequence[int],
+    floats: Sequence[float],
+) -> None:
+    """Run one op on CPU arrays of any framework; outputs are written in place.
+
+    Raises ContractError, naming argument and numbers, before anything is written.
+    """
+
+def ops() -> list[str]:
+    """Names of the ops."""
+
+def instances() -> list[tuple[str, int, str]]:
+    """(table, bits, scale) of every compiled instance, in the order of csrc/core/instances.h."""
+
+def isas() -> list[str]:
+    """Instruction sets this machine runs, best last."""
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def set_isa(name: str) -> None:
+    """Use another of isas(). Raises ValueError."""
+
+def threads() -> int:
+    """Threads an op may use."""
+
+def set_threads(count: int) -> None:
+    """Use count threads (>= 1). Not while an op runs."""
