@@ -41,7 +41,7 @@ LAYERS = [
     {"cases"},
     {"torch_layers", "mlx_layers", "verify", "inspect", "synth"},
     {"torch_model", "mlx_model"},
-    {"torch_run"},
+    {"torch_run", "transformers_hook"},
     {"bench"},
     {"cli"},
     {"__init__", "__main__"},

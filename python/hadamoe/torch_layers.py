@@ -25,6 +25,7 @@ Tensor = torch.Tensor
 
 
 def f32(array: np.ndarray) -> Tensor:
+    """A copy as an f32 tensor."""
     return torch.from_numpy(np.array(array, np.float32))
 
 
