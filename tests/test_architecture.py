@@ -171,7 +171,8 @@ def test_stems_are_equal_everywhere():
     stems -= {"read_bytes"}  # measures memory, computes nothing
     assert stems == {"hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta"}
     for stem in stems:
-        assert (cpu / f"{stem}.h").exists() and (cpu / f"{stem}.cpp").exists(), stem
+        for name in (f"{stem}.h", f"{stem}.cpp"):
+            assert (cpu / name).exists(), f"no csrc/cpu/{name}"
         assert (ROOT / "tests" / "ops" / f"test_{stem}.py").exists(), f"no tests/ops/test_{stem}.py"
         assert f"\ndef {stem}(" in (PACKAGE / "ops.py").read_text(), f"ops.{stem} is missing"
         assert f"\ndef {stem}(" in (PACKAGE / "reference.py").read_text(), (

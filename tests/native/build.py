@@ -36,21 +36,29 @@ PACKAGES = {"aarch64": "g++-aarch64-linux-gnu and qemu-user", "qemu-x86_64": "qe
 
 def compiler(target: str) -> str | None:
     """The compiler of a target, or None where it is not installed."""
-    if target == "aarch64":
+    if target == "aarch64" and platform.machine() != "aarch64":
         return shutil.which(CROSS)
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def emulator(target: str) -> list[str]:
+    """What runs a target's programs on this machine."""
+    return ["qemu-aarch64"] if target == "aarch64" and platform.machine() != "aarch64" else []
 
 
 @cache
 def available(target: str) -> bool:
     """Whether the target can be built and run here (a sanitizer may be absent from a toolchain)."""
     cxx = compiler(target)
-    if cxx is None or (target == "aarch64" and not shutil.which("qemu-aarch64")):
+    if cxx is None or not all(map(shutil.which, emulator(target))):
         return False
     with tempfile.TemporaryDirectory() as tmp:
         flags = [f for f in EXTRA[target] if f.startswith(("-fsanitize", "-static"))]
         probe = [cxx, "-x", "c++", "-", "-o", f"{tmp}/probe", *flags]
-        return subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode == 0
+        if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode:
+            return False
+        run = [*emulator(target), f"{tmp}/probe"]  # a sanitizer may not start under a new kernel
+        return subprocess.run(run, capture_output=True).returncode == 0
 
 
 def missing(target: str) -> str:

@@ -12,7 +12,7 @@ from .backend import Runner, qemu
 #: Name: build target, emulator prefix, instruction sets the runner must offer.
 RUNNERS = {
     "sanitized": ("sanitized", [], None),
-    "neon": ("aarch64", ["qemu-aarch64"], ["generic", "neon"]),
+    "neon": ("aarch64", build.emulator("aarch64"), ["generic", "neon"]),
     "nehalem": ("native", qemu("Nehalem"), ["generic"]),
     "haswell": ("native", qemu("Haswell"), ["generic", "avx2"]),
 }
@@ -40,8 +40,10 @@ def runner(request):
 
 
 @pytest.fixture(scope="session")
-def neon():
-    """The NEON runner alone."""
-    one = start("neon")
+def racing():
+    """A runner under ThreadSanitizer; its `close` fails where it found a race."""
+    if not build.available("threads"):
+        pytest.skip("ThreadSanitizer does not work here (Debian: libtsan2)")
+    one = Runner("threads")
     yield one
     one.close()

@@ -41,3 +41,14 @@ def test_a_read_behind_an_array_is_found():
     runner.cut = 64
     with pytest.raises(Crashed, match=r"SEGV|AddressSanitizer"):
         read_bytes(runner, np.zeros(4096 + 64, np.uint8))
+
+
+def test_the_pool_has_no_race(racing):
+    """Jobs of every size, pools resized between them, workers parked and spinning."""
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, 64 * 200, np.uint8)
+    for threads in (2, 3, 1, 4):
+        racing.set_threads(threads)
+        for count in rng.integers(1, 200, 60):
+            want = data[: 64 * count].view(np.uint64).reshape(-1, 8).sum(1)
+            np.testing.assert_array_equal(read_bytes(racing, data[: 64 * count]), want)

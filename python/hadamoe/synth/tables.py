@@ -54,6 +54,7 @@ def affine(name: str, m: Matrix, bits: int, dtype: str, group: int = 64) -> Iter
 
 
 def mxfp4(name: str, m: Matrix) -> Iterator[Tensor]:
+    """MXFP4 as MLX stores it: E2M1 codes and one E8M0 per 32 columns."""
     scale = _std(m) / E2M1_RMS
     low = math.floor(math.log2(scale))
     # powers of two only: mix two neighbours so that the mean square is the scale's
