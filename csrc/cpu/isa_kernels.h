@@ -5,6 +5,7 @@
 #include "vec.h"
 
 #include "dequantize.h"
+#include "gated_delta.h"
 #include "hadamard.h"
 #include "read_bytes.h"
 
@@ -28,5 +29,7 @@ extern const Kernels HM_TABLE = {
     read_bytes,
     hadamard,
     dequantize,
+    gated_delta_conv,
+    gated_delta_rule,
 };
 }  // namespace hm

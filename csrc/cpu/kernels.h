@@ -37,11 +37,31 @@ struct DequantizeTask {
   hm_scale y_dtype;
 };
 
+constexpr int kMostTaps = 8;     // of the convolution; the model has 4
+constexpr int kMostTokens = 32;  // of a chunk
+
+struct GatedDeltaTask {
+  const void* proj;  // [batch, tokens, proj_width]: qkv | z | b | a
+  void* y;           // [batch, tokens, hv * dv]
+  hm_scale proj_dtype, y_dtype;
+  const float *conv_weight, *a_log, *dt_bias, *norm;
+  float* conv_state;  // [batch, channels, taps]
+  float* state;       // [batch, hv, dk, dv]
+  int64_t batch, tokens, hk, hv, dk, dv;
+  int64_t channels, proj_width;
+  int taps;
+  float eps;
+  int64_t first, count;  // tokens of this chunk
+  float* qkv;            // [batch, count, channels]: q | k | v of the chunk; the rule puts S^T q over v
+};
+
 struct Kernels {
   const char* name;
   void (*read_bytes)(const ReadTask&, int64_t begin, int64_t end);  // blocks
   void (*hadamard)(const HadamardTask&, int64_t begin, int64_t end);  // blocks, or rows where block = 0
   void (*dequantize)(const DequantizeTask&, int64_t begin, int64_t end);  // entries of index
+  void (*gated_delta_conv)(const GatedDeltaTask&, int64_t begin, int64_t end);  // heads of q, k, v
+  void (*gated_delta_rule)(const GatedDeltaTask&, int64_t begin, int64_t end);  // value heads
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;

@@ -4,6 +4,7 @@ static const hm_op kOps[] = {
     {"read_bytes", hm::op_read_bytes},
     {"hadamard", hm::op_hadamard},
     {"dequantize", hm::op_dequantize},
+    {"gated_delta", hm::op_gated_delta},
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count) {

@@ -1,0 +1,198 @@
+// One Gated DeltaNet layer between its projections, token by token (arXiv 2412.06464, equation 10):
+//
+//   q, k, v = silu(causal conv(proj)), q and k to unit length, q / sqrt(dk)
+//   S = e^g S + k (beta (v - (e^g S)^T k))^T,   g = -e^a_log softplus(a + dt_bias),  beta = sigmoid(b)
+//   y = norm * rms(S^T q) * silu(z)
+//
+// Where the time goes: S is f32[dk, dv] = 64 KB a head, 2 MB a layer; one token reads and writes all of
+// it and does 4 multiply-adds a number, so a step runs at the speed of memory. Two kernels:
+//
+//   gated_delta_conv   unit = (sequence, head of q, k or v): its channels over all tokens of a chunk
+//   gated_delta_rule   unit = (sequence, value head): a slice of S stays in cache over the chunk
+//
+//        dv: |V vectors|V vectors|...    pass 1: S^T k down the column  (reads the slice)
+//     dk  |  |  slice  |         |       pass 2: S updated, S^T q       (finds it in cache)
+//
+// A column of S sees the same operations in the same order whatever the slice, the chunk or the thread:
+// a prompt in one call and the same tokens one by one give the same bits.
+#pragma once
+
+namespace hm {
+namespace {
+
+constexpr int kStrip = 128;  // channels convolved together: window and weights of 4 taps are 4 KB
+
+inline int whole_vectors(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// rows[j][i] = columns[i][j]: storage keeps the taps of a channel together, vectors want channels.
+template <int Taps>
+inline void to_rows(const float* columns, float (*rows)[kStrip], int n, int taps) {
+  if (Taps) taps = Taps;
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < taps; ++j) rows[j][i] = columns[i * taps + j];
+}
+
+// x f32[tokens, n] (row stride `stride`): channels first.. of sequence b, convolved; state moves on.
+template <int Taps>
+void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t first, int n, float* x, int64_t stride) {
+  const int taps = Taps ? Taps : t.taps, width = whole_vectors(n);
+  alignas(64) float weight[kMostTaps][kStrip] = {}, window[kMostTaps][kStrip] = {}, out[kStrip];
+  float* state = t.conv_state + (b * t.channels + first) * taps;
+  to_rows<Taps>(t.conv_weight + first * taps, weight, n, taps);
+  to_rows<Taps>(state, window, n, taps);
+  const int bytes = t.proj_dtype == hm_f32 ? 4 : 2;
+  const char* proj = static_cast<const char*>(t.proj);
+  int newest = taps - 1;  // row of the window; the one after it, cyclically, is the oldest
+  for (int64_t i = 0; i < t.count; ++i) {
+    newest = newest + 1 == taps ? 0 : newest + 1;
+    widen(proj + ((b * t.tokens + t.first + i) * t.proj_width + first) * bytes, window[newest], n, Dtype(t.proj_dtype));
+    for (int c = 0; c < width; c += kLanes) {
+      Vec sum = zero();
+      for (int j = 0, row = newest; j < taps; ++j) {
+        row = row + 1 == taps ? 0 : row + 1;
+        sum = fma(load(window[row] + c), load(weight[j] + c), sum);
+      }
+      store(out + c, silu(sum));
+    }
+    memcpy(x + i * stride, out, size_t(n) * 4);
+  }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0, row = newest; j < taps; ++j) {
+      row = row + 1 == taps ? 0 : row + 1;
+      state[i * taps + j] = window[row][i];
+    }
+}
+
+inline float sum_of_squares(const float* x, int64_t n) {
+  Vec total = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) total = fma(load(x + i), load(x + i), total);
+  if (i < n) {
+    const Vec v = load_n(x + i, int(n - i));
+    total = fma(v, v, total);
+  }
+  return sum(total);
+}
+
+// Units: sequences times heads, those of q, then k, then v.
+void gated_delta_conv(const GatedDeltaTask& t, int64_t begin, int64_t end) {
+  const int64_t heads = 2 * t.hk + t.hv;
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t b = u / heads, head = u % heads;
+    const bool value = head >= 2 * t.hk;
+    const int64_t n = value ? t.dv : t.dk;
+    const int64_t first = value ? 2 * t.hk * t.dk + (head - 2 * t.hk) * t.dv : head * t.dk;
+    float* x = t.qkv + b * t.count * t.channels + first;
+    for (int64_t c = 0; c < n; c += kStrip) {
+      const int strip = n - c < kStrip ? int(n - c) : kStrip;
+      if (t.taps == 4)
+        conv_strip<4>(t, b, first + c, strip, x + c, t.channels);
+      else
+        conv_strip<0>(t, b, first + c, strip, x + c, t.channels);
+    }
+    if (value) continue;
+    const float scale = head < t.hk ? float(1.0 / sqrt(double(t.dk))) : 1.0f;
+    for (int64_t i = 0; i < t.count; ++i) {
+      float* row = x + i * t.channels;
+      const float inverse = 1.0f / sqrtf(sum_of_squares(row, n) + 1e-6f);
+      for (int64_t c = 0; c < n; ++c) row[c] = row[c] * inverse * scale;
+    }
+  }
+}
+
+struct Gates {
+  float decay, beta;
+};
+
+inline Gates gates(const GatedDeltaTask& t, int64_t row, int64_t h) {
+  const int64_t at = row * t.proj_width + t.channels + t.hv * t.dv + h;
+  const float b = load1(t.proj, at, Dtype(t.proj_dtype));
+  const float a = load1(t.proj, at + t.hv, Dtype(t.proj_dtype)) + t.dt_bias[h];
+  const float softplus = a > 20.0f ? a : log1pf(expf(a));  // torch's threshold
+  return {expf(-expf(t.a_log[h]) * softplus), 1.0f / (1.0f + expf(-b))};
+}
+
+// One token on V vectors of columns, the last of them n lanes wide where Tail: v becomes S^T q.
+template <int V, bool Tail>
+inline void step(float* s, int64_t dk, int64_t dv, const float* q, const float* k, float* v, Gates g, int n) {
+  const auto get = [n](const float* p) { return Tail ? load_n(p, n) : load(p); };
+  const auto put = [n](float* p, Vec x) { return Tail ? store_n(p, x, n) : store(p, x); };
+  const Vec decay = splat(g.decay), beta = splat(g.beta);
+  Vec kv[V], out[V];
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) kv[j] = out[j] = zero();
+  for (int64_t i = 0; i < dk; ++i) {
+    const Vec ki = splat(k[i]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) kv[j] = fma(get(s + i * dv + j * kLanes), ki, kv[j]);
+  }
+  // kv becomes what the state has yet to learn of v
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) kv[j] = mul(sub(get(v + j * kLanes), mul(kv[j], decay)), beta);
+  for (int64_t i = 0; i < dk; ++i) {
+    const Vec ki = splat(k[i]), qi = splat(q[i]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      float* p = s + i * dv + j * kLanes;
+      const Vec next = fma(kv[j], ki, mul(get(p), decay));
+      put(p, next);
+      out[j] = fma(next, qi, out[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) put(v + j * kLanes, out[j]);
+}
+
+template <int V, bool Tail = false>
+void slice(const GatedDeltaTask& t, float* s, int64_t b, int64_t h, int64_t column, const Gates* g, int n = kLanes) {
+  const int64_t key = h / (t.hv / t.hk);
+  for (int64_t i = 0; i < t.count; ++i) {
+    float* x = t.qkv + (b * t.count + i) * t.channels;
+    const float *q = x + key * t.dk, *k = q + t.hk * t.dk;
+    step<V, Tail>(s + column, t.dk, t.dv, q, k, x + 2 * t.hk * t.dk + h * t.dv + column, g[i], n);
+  }
+}
+
+// y = norm * rms(o) * silu(z) for one head of one token.
+inline void gated_norm(const GatedDeltaTask& t, const float* o, int64_t row, int64_t h) {
+  const float mean = sum_of_squares(o, t.dv) / float(t.dv);
+  const Vec inverse = splat(1.0f / sqrtf(mean + t.eps));
+  const int bytes = t.proj_dtype == hm_f32 ? 4 : 2, y_bytes = t.y_dtype == hm_f32 ? 4 : 2;
+  const char* z = static_cast<const char*>(t.proj) + (row * t.proj_width + t.channels + h * t.dv) * bytes;
+  char* y = static_cast<char*>(t.y) + (row * t.hv + h) * t.dv * y_bytes;
+  alignas(64) float gate[kStrip] = {};
+  for (int64_t c = 0; c < t.dv; c += kStrip) {
+    const int n = t.dv - c < kStrip ? int(t.dv - c) : kStrip;
+    widen(z + c * bytes, gate, n, Dtype(t.proj_dtype));
+    for (int i = 0; i < n; i += kLanes) {
+      const int lanes = n - i < kLanes ? n - i : kLanes;
+      const Vec normed = mul(load_n(t.norm + c + i, lanes), mul(load_n(o + c + i, lanes), inverse));
+      store(gate + i, mul(normed, silu(load(gate + i))));
+    }
+    narrow(gate, y + c * y_bytes, n, Dtype(t.y_dtype));
+  }
+}
+
+// Units: sequences times value heads.
+void gated_delta_rule(const GatedDeltaTask& t, int64_t begin, int64_t end) {
+  Gates g[kMostTokens];
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t b = u / t.hv, h = u % t.hv, row = b * t.tokens + t.first;
+    for (int64_t i = 0; i < t.count; ++i) g[i] = gates(t, row + i, h);
+    float* s = t.state + u * t.dk * t.dv;
+    int64_t c = 0;
+    // One token streams whole rows of S from memory; several keep a slice in the first-level cache.
+    if (t.count == 1)
+      for (; kLanes == 16 && c + 8 * kLanes <= t.dv; c += 8 * kLanes) slice<8>(t, s, b, h, c, g);
+    for (; c + 4 * kLanes <= t.dv; c += 4 * kLanes) slice<4>(t, s, b, h, c, g);
+    for (; c + kLanes <= t.dv; c += kLanes) slice<1>(t, s, b, h, c, g);
+    if (c < t.dv) slice<1, true>(t, s, b, h, c, g, int(t.dv - c));
+    for (int64_t i = 0; i < t.count; ++i) {
+      const float* o = t.qkv + (b * t.count + i) * t.channels + 2 * t.hk * t.dk + h * t.dv;
+      gated_norm(t, o, row + i, h);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hm
