@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from . import ops, reference
+from . import ops, reference, rounding
 from .claims import Case, rounding_bound
 from .weight import Instance, Part, Weight
 
@@ -335,6 +335,43 @@ def hadamard_cases(seed: int = 0, dtype: str = "float32") -> Iterator[Case]:
         yield Case("hadamard", "exact", label, None, lambda run=run: (run(),), (want,))
 
 
+#: b, t, hk, hv, dk, dv, taps: the model's heads, tails of every vector.
+DELTAS = ((1, 3, 1, 2, 128, 128, 4), (2, 4, 2, 4, 16, 24, 4), (3, 2, 1, 3, 5, 150, 3))
+
+
+def gated_delta_arrays(rng, b, t, hk, hv, dk, dv, taps) -> dict[str, np.ndarray]:
+    """Random f32 arguments of `ops.gated_delta`, by name and in its order."""
+    c = 2 * hk * dk + hv * dv
+    arrays = {
+        "proj": rng.standard_normal((b, t, c + hv * dv + 2 * hv)),
+        "conv_weight": 0.5 * rng.standard_normal((c, taps)),
+        "a_log": np.log(rng.uniform(0.01, 16, hv)),
+        "dt_bias": rng.standard_normal(hv),
+        "norm": rng.uniform(0.5, 1.5, dv),
+        "conv_state": rng.standard_normal((b, c, taps)),
+        "state": 0.1 * rng.standard_normal((b, hv, dk, dv)),
+    }
+    return {name: a.astype(np.float32) for name, a in arrays.items()}
+
+
+def gated_delta_cases(seed: int = 0) -> Iterator[Case]:
+    """`ops.gated_delta` in f32 within its running error bound; the conv state bit for bit."""
+    rng = np.random.default_rng(seed)
+    for shape in DELTAS:
+        arrays = gated_delta_arrays(rng, *shape)
+        y, state = rounding.gated_delta(**arrays, hk=shape[2], eps=1e-6)
+        _, conv_state, _ = reference.gated_delta(**arrays, hk=shape[2], eps=1e-6)
+
+        def run(arrays=arrays, shape=shape) -> tuple[np.ndarray, ...]:
+            fresh = {k: a.copy() for k, a in arrays.items()}
+            y = ops.gated_delta(*fresh.values(), heads=shape[2:4], head_dims=shape[4:6], eps=1e-6)
+            return y, fresh["conv_state"], fresh["state"]
+
+        label = "b={} t={} hk={} hv={} dk={} dv={} taps={}".format(*shape)
+        want, bound = (y.value, conv_state, state.value), (y.error, 0 * conv_state, state.error)
+        yield Case("gated_delta", "bound", label, None, run, want, bound)
+
+
 def slice_rows(part: Part, begin: int, end: int) -> Part:
     """Rows [begin, end) of a part; views, nothing is copied."""
     end = min(end, part.rows)
@@ -347,6 +384,7 @@ def by_op_and_instance(
 ) -> Iterator[tuple[tuple[str, Instance | None], list[Case]]]:
     """Every op with every instance of this build: ((op, instance or None), its cases)."""
     yield ("hadamard", None), [c for t in FLOATS for c in hadamard_cases(seed, t)]
+    yield ("gated_delta", None), list(gated_delta_cases(seed))
     for inst in ops.instances():
         yield ("dequantize", inst), list(dequantize_cases(inst, seed))
     for inst in ops.instances():

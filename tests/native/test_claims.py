@@ -25,6 +25,10 @@ def test_hadamard(runner):
     prove(runner, [c for t in cases.FLOATS for c in cases.hadamard_cases(dtype=t)])
 
 
+def test_gated_delta(runner):
+    prove(runner, cases.gated_delta_cases())
+
+
 @pytest.mark.parametrize("inst", INSTANCES, ids=str)
 def test_dequantize(runner, inst):
     prove(runner, cases.dequantize_cases(inst))

@@ -7,6 +7,7 @@ import pytest
 from support import at_page_end
 
 from hadamoe import _cpu, ops, reference, rounding
+from hadamoe.cases import gated_delta_arrays
 from hadamoe.errors import ContractError
 
 #: b, t, hk, hv, dk, dv, taps: the model's heads, tails of every vector width, strips over 128.
@@ -21,17 +22,7 @@ SHAPES = [
 
 
 def arguments(rng, b, t, hk, hv, dk, dv, taps=4) -> dict[str, np.ndarray]:
-    c = 2 * hk * dk + hv * dv
-    arrays = {
-        "proj": rng.standard_normal((b, t, c + hv * dv + 2 * hv)),
-        "conv_weight": 0.5 * rng.standard_normal((c, taps)),
-        "a_log": np.log(rng.uniform(0.01, 16, hv)),
-        "dt_bias": rng.standard_normal(hv),
-        "norm": rng.uniform(0.5, 1.5, dv),
-        "conv_state": rng.standard_normal((b, c, taps)),
-        "state": 0.1 * rng.standard_normal((b, hv, dk, dv)),
-    }
-    return {name: a.astype(np.float32) for name, a in arrays.items()}
+    return gated_delta_arrays(rng, b, t, hk, hv, dk, dv, taps)
 
 
 def run(arrays, shape, *, dtype=None, eps=1e-6):
