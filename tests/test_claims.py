@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hadamoe import Instance, Weight, cases, claims, ops, reference
+from hadamoe import Instance, Weight, cases, claims, ops, reference, samples
 
 INSTANCES = [
     Instance("linear", 4, "bf16"),
@@ -29,7 +29,7 @@ class Mutant:
     def call(self, op, inputs, outputs, ints, floats):
         assert op == "qmatmul"
         x, _, expert = inputs[:3]
-        w = cases.values(self.weight)
+        w = samples.values(self.weight)
         x = x.astype(np.float64)
         if self.spoil:
             x, w = self.spoil(x, w)
@@ -68,7 +68,7 @@ def neighbours_swapped(x, w):
 
 
 def bf16_inputs(x, w):
-    return cases.from_bf16(cases.to_bf16(x)).astype(np.float64), w
+    return samples.from_bf16(samples.to_bf16(x)).astype(np.float64), w
 
 
 def f16_weights(x, w):
@@ -120,23 +120,24 @@ def test_wrong_shape_fails():
 def test_magnitude_bounds_every_number():
     rng = np.random.default_rng(0)
     for inst in ops.instances():
-        w = cases.random_weight(rng, inst, 4, 128, kind="gaussian")
-        bound = np.abs(cases.values(cases.magnitude(w)))
-        assert (bound >= np.abs(cases.values(w)) * (1 - 2**-20)).all(), inst
+        w = samples.random_weight(rng, inst, 4, 128, kind="gaussian")
+        bound = np.abs(samples.values(samples.magnitude(w)))
+        assert (bound >= np.abs(samples.values(w)) * (1 - 2**-20)).all(), inst
 
 
 def test_storage_conversions_round_to_nearest_even():
     x = np.float32([1, 1 + 2**-8, 1 + 3 * 2**-8, -3.3895314e38, 1e-40])
     np.testing.assert_array_equal(
-        cases.to_bf16(x), np.array([0x3F80, 0x3F80, 0x3F82, 0xFF7F, 0x0001], np.uint16)
+        samples.to_bf16(x), np.array([0x3F80, 0x3F80, 0x3F82, 0xFF7F, 0x0001], np.uint16)
     )
-    np.testing.assert_array_equal(cases.from_bf16(cases.to_bf16(x))[:1], x[:1])
+    np.testing.assert_array_equal(samples.from_bf16(samples.to_bf16(x))[:1], x[:1])
     codes = np.array([[1, 2, 3, 4]])
-    assert cases.pack_bits(codes, 3).tolist() == [[0b11010001, 0b00001000]]
+    assert samples.pack_bits(codes, 3).tolist() == [[0b11010001, 0b00001000]]
 
 
 def test_slice_rows():
-    part = cases.random_part(np.random.default_rng(1), ops.instances()[0], 3, 64, 32)
+    part = samples.random_part(np.random.default_rng(1), ops.instances()[0], 3, 64, 32)
     np.testing.assert_array_equal(
-        reference.part_values(cases.slice_rows(part, 1, 9), 64), reference.part_values(part, 64)[1:]
+        reference.part_values(samples.slice_rows(part, 1, 9), 64),
+        reference.part_values(part, 64)[1:],
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import cases, claims, ops
+from . import cases, claims, ops, samples
 from .weight import Instance, Weight
 
 
@@ -84,7 +84,7 @@ def _sample(weight: Weight, rows: int, rng: np.random.Generator) -> Weight:
     expert = weight.parts[rng.integers(weight.experts)]
     part = expert[rng.integers(len(expert))]
     first = int(rng.integers(max(1, part.rows - rows + 1)))
-    return Weight(weight.columns, ((cases.slice_rows(part, first, first + rows),),))
+    return Weight(weight.columns, ((samples.slice_rows(part, first, first + rows),),))
 
 
 def _checkpoint(directory: str | PathLike[str], isa: str) -> Iterator[Row]:

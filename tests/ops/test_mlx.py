@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hadamoe import Instance, Rotation, cases, ops
+from hadamoe import Instance, Rotation, ops, samples
 from hadamoe.errors import ContractError, UnsupportedError
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'hadamoe[mlx]')")
@@ -19,12 +19,12 @@ def numbers(a) -> np.ndarray:
 
 def bf16(a: np.ndarray) -> np.ndarray:
     """f32 rounded to bf16, as f32."""
-    return cases.from_bf16(cases.to_bf16(a))
+    return samples.from_bf16(samples.to_bf16(a))
 
 
 @pytest.fixture
 def weight(rng):
-    return cases.random_weight(rng, INST, 24, 256, experts=3, kind="gaussian")
+    return samples.random_weight(rng, INST, 24, 256, experts=3, kind="gaussian")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_qmatmul(x, weight, dtype, rng):
 
 
 def test_inputs_that_are_views_or_not_yet_computed(x, weight):
-    one = cases.slice_rows(weight.parts[0][0], 0, 24)
+    one = samples.slice_rows(weight.parts[0][0], 0, 24)
     w = ops.pack(type(weight)(256, ((one,),)))
     turned = mx.array(np.ascontiguousarray(x.transpose(2, 1, 0))).transpose(2, 1, 0)
     np.testing.assert_array_equal(numbers(ops.qmatmul(turned, w)), ops.qmatmul(x, w))
@@ -73,7 +73,7 @@ def test_dequantize(weight, dtype):
 
 
 def test_dequantize_undoes_a_rotation_and_its_padding(rng):
-    w = cases.random_weight(rng, Instance("codebook", 4, "f32"), 8, 384, kind="gaussian")
+    w = samples.random_weight(rng, Instance("codebook", 4, "f32"), 8, 384, kind="gaussian")
     signs = Rotation(128, *(rng.choice(np.float32([-1, 1]), 128) for _ in range(2)))
     w = type(w)(384, w.parts, signs, 300)
     y = ops.dequantize(w, mx.array(np.arange(8)))
@@ -89,7 +89,7 @@ def test_moe_decode(rng):
         "shared_down": (hidden, inner, 1), "shared_gate": (1, hidden, 1),
     }  # fmt: skip
     weights = {
-        name: cases.random_weight(rng, INST, n, k, experts=e, kind="gaussian")
+        name: samples.random_weight(rng, INST, n, k, experts=e, kind="gaussian")
         for name, (n, k, e) in sizes.items()
     }
     moe = ops.MoeWeights.of(**weights)

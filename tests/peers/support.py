@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hadamoe import Rotation, cases, claims, ops
+from hadamoe import Rotation, claims, ops, samples
 from hadamoe.weight import Part, Weight
 
 
@@ -21,7 +21,7 @@ def raw(array: np.ndarray) -> np.ndarray:
 def check_values(weight: Weight, peer: np.ndarray, roundings: int = 2) -> None:
     """`ops.dequantize` equals the peer's numbers; ``roundings`` 0 asks for the same bits."""
     ours = ops.dequantize(weight).astype(np.float64)
-    terms = np.abs(cases.values(cases.magnitude(weight))[0])
+    terms = np.abs(samples.values(samples.magnitude(weight))[0])
     wrong = np.abs(ours - peer) - claims.gamma(2 * roundings) * terms
     assert wrong.max() <= 0, (
         f"off by {wrong.max()} at {np.unravel_index(wrong.argmax(), wrong.shape)}"
@@ -32,7 +32,7 @@ def check_product(weight: Weight, peer: np.ndarray, x: np.ndarray, unit: float =
     """`ops.qmatmul` against x @ W^T in f64, W being the peer's numbers rounded to ``unit``."""
     y = ops.qmatmul(x, weight).astype(np.float64)
     want = x.astype(np.float64) @ peer.T
-    terms = np.abs(x).astype(np.float64) @ np.abs(cases.values(cases.magnitude(weight))[0]).T
+    terms = np.abs(x).astype(np.float64) @ np.abs(samples.values(samples.magnitude(weight))[0]).T
     bound = claims.gamma(weight.columns + 8) * terms + unit * terms
     wrong = np.abs(y - want) / bound
     assert wrong.max() <= 1, f"{wrong.max():.2f} times the bound"
