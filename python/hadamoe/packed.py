@@ -52,13 +52,11 @@ class PackedWeight:
 
 
 def _root(array: np.ndarray) -> np.ndarray:
-    """The u8 array that owns or maps the memory ``array`` is a view of."""
+    """The array that owns or maps the memory ``array`` is a view of."""
     root = array
     while isinstance(root.base, np.ndarray):
         root = root.base
-    if not root.flags.c_contiguous:
-        raise ContractError("pack: array's base is not contiguous, needs row-major memory")
-    return root.reshape(-1).view(np.uint8)
+    return root
 
 
 class _Buffers:
@@ -66,7 +64,7 @@ class _Buffers:
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
-        self._index: dict[int, int] = {}
+        self._known: dict[int, tuple[int, int]] = {}  # id of a root -> (buffer number, address)
 
     def place(self, array: np.ndarray | None) -> tuple[int, int]:
         if array is None:
@@ -74,11 +72,15 @@ class _Buffers:
         if not array.flags.c_contiguous:
             raise ContractError("pack: array is not contiguous, needs row-major memory")
         root = _root(array)
-        address = root.__array_interface__["data"][0]
-        if address not in self._index:
-            self._index[address] = len(self.arrays)
-            self.arrays.append(root)
-        return self._index[address], array.__array_interface__["data"][0] - address
+        known = self._known.get(id(root))
+        if known is None:
+            if not root.flags.c_contiguous:
+                raise ContractError("pack: array's base is not contiguous, needs row-major memory")
+            known = len(self.arrays), root.__array_interface__["data"][0]
+            self._known[id(root)] = known
+            self.arrays.append(root.reshape(-1).view(np.uint8))  # keeps root, so its id stays taken
+        number, address = known
+        return number, array.__array_interface__["data"][0] - address
 
 
 def pack(*weights: Weight) -> tuple[PackedWeight, ...] | PackedWeight:
