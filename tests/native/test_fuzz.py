@@ -1,0 +1,125 @@
+"""Wrong part tables, indices and shapes under sanitizers: an error, never a wild read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hadamoe import ops, samples
+from hadamoe.errors import ContractError
+
+from .conftest import start
+
+INSTANCES = ops.instances()
+EXTREMES = [
+    -(2**63),
+    -(2**31),
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    16,
+    31,
+    2**31,
+    2**32,
+    2**40,
+    2**61,
+    2**62,
+    2**63 - 1,
+]
+NUMBERS = st.sampled_from(EXTREMES) | st.integers(-40, 5000)
+FUZZ = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module")
+def sanitized():
+    """A runner of its own: one wild read ends it."""
+    runner = start("sanitized")
+    yield runner
+    runner.close()
+
+
+def packed(inst, experts=2):
+    rng = np.random.default_rng(0)
+    w = ops.pack(samples.random_weight(rng, inst, [5, 3], 128, experts=experts))
+    return w.parts.copy(), list(w.buffers)
+
+
+def attempt(runner, op, inputs, outputs, ints=(), floats=()):
+    """Runs the op; a ContractError names the op, anything else is a bug."""
+    message = f"{op}: "
+    try:
+        runner.call(op, inputs, outputs, list(ints), list(floats))
+    except ContractError as error:
+        message = str(error)
+    assert message.startswith(f"{op}: ")
+
+
+@FUZZ
+@given(
+    inst=st.sampled_from(INSTANCES),
+    changes=st.lists(
+        st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 11), NUMBERS),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_part_tables(sanitized, inst, changes):
+    parts, buffers = packed(inst)
+    for e, p, field, number in changes:
+        parts[e, p, field] = number
+    y = np.empty((4, 128), np.float32)
+    attempt(sanitized, "dequantize", [parts, np.array([0, 6, 9, 15]), *buffers], [y], [128])
+    x, expert = np.ones((3, 128), np.float32), np.array([[0, 1]] * 3, np.int32)
+    attempt(sanitized, "qmatmul", [x, parts, expert, *buffers], [np.empty((3, 2, 8), np.float32)])
+    attempt(sanitized, "qmatmul", [x, parts[:1], None, *buffers], [np.empty((3, 8), np.float32)])
+
+
+@FUZZ
+@given(
+    inst=st.sampled_from(INSTANCES),
+    rows=st.lists(NUMBERS, max_size=5),
+    columns=NUMBERS,
+    width=st.integers(0, 300),
+)
+def test_rows_and_columns(sanitized, inst, rows, columns, width):
+    parts, buffers = packed(inst)
+    y = np.empty((len(rows), width), np.float32)
+    index = np.array(rows, np.int64)
+    attempt(sanitized, "dequantize", [parts, index, *buffers], [y], [columns])
+    x, expert = np.ones((1, width), np.float32), index.reshape(1, -1)
+    y = np.empty((1, len(rows), 8), np.float32)
+    attempt(sanitized, "qmatmul", [x, parts, expert, *buffers], [y])
+
+
+@FUZZ
+@given(
+    k=st.integers(0, 200),
+    width=st.integers(0, 260),
+    block=NUMBERS,
+    pre=st.none() | st.integers(0, 200),
+    post=st.none() | st.integers(0, 200),
+)
+def test_hadamard(sanitized, k, width, block, pre, post):
+    signs = [None if n is None else np.ones(n, np.float32) for n in (pre, post)]
+    x, y = np.ones((2, k), np.float32), np.empty((2, width), np.float32)
+    attempt(sanitized, "hadamard", [x, *signs], [y], [block])
+
+
+@FUZZ
+@given(sizes=st.lists(st.integers(0, 20), min_size=8, max_size=8), heads=st.tuples(*[NUMBERS] * 4))
+def test_gated_delta(sanitized, sizes, heads):
+    b, t, c, w, h, kernel, dk, dv = sizes
+    shapes = [(b, t, w), (c, kernel), (h,), (h,), (dv,)]
+    states = [(b, t, h * dv), (b, c, kernel), (b, h, dk, dv)]
+    arrays = [[np.ones(s, np.float32) for s in group] for group in (shapes, states)]
+    attempt(sanitized, "gated_delta", *arrays, heads, [1e-6])
