@@ -29,13 +29,16 @@ from .weight import Instance, Weight
 
 
 def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> np.ndarray:
-    """`rounding_bound` of ``y[r, a?, n] = x @ W^T`` for whatever order a kernel adds in.
+    """Largest |error| of ``y[r, E * n] = x @ W^T`` for whatever order a kernel adds in.
 
     No order makes a chain longer than its number of terms: ``columns`` products and sums, and four
-    more for scale, bias, their product and the join of groups.
+    more for scale, bias, their product and the join of groups. Kernels on integers round x to 24
+    bits and codebooks to three bytes instead, each under the largest of its row: 2^-21 in all.
     """
-    terms = np.abs(x) @ np.abs(values(magnitude(weight))).reshape(-1, weight.columns).T
-    return rounding_bound(terms, weight.columns + 4, y, dtype)
+    size = np.abs(values(magnitude(weight))).reshape(-1, weight.columns)
+    terms = np.abs(x) @ size.T
+    fixed = 2.0**-21 * np.abs(x).max(-1, keepdims=True) * size.sum(-1)
+    return fixed + rounding_bound(terms, weight.columns + 4, np.abs(y) + fixed, dtype)
 
 
 #: Numpy dtypes of activations; bf16 goes through torch and MLX arrays.
