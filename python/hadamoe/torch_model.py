@@ -95,6 +95,7 @@ def from_pretrained(
 ) -> nn.Module:
     """What transformers' auto classes call for our directories: `load` with their option names."""
     rope = options.pop("rope_scaling", None) or options.pop("rope_parameters", None)
+    attention = options.pop("attn_implementation", None)
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
     device = options.pop("device_map", None)
     if device in (None, "auto") or device == {"": "cpu"}:
@@ -105,7 +106,10 @@ def from_pretrained(
     if args or options:
         names = ", ".join([*map(repr, args), *options])
         raise UnsupportedError(f"from_pretrained: {names} has no meaning for a hadamoe checkpoint")
-    return load(path, dtype=dtype, device=device, rope=rope, vision=vision)[0]
+    model, _ = load(path, dtype=dtype, device=device, rope=rope, vision=vision)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
 
 
 def check_device(device: str | torch.device) -> None:
@@ -236,4 +240,9 @@ def _finish(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
+    model.save_pretrained = _refuse_to_save  # the weights are not parameters: it would save none
     model.requires_grad_(False).eval()
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise UnsupportedError("save_pretrained: the checkpoint is read in place; copy its directory")

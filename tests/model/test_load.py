@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import hadamoe  # noqa: E402
-from hadamoe import ContractError, Instance, UnsupportedError, ops  # noqa: E402
+from hadamoe import ContractError, Instance, UnsupportedError, ops, synth  # noqa: E402
 
 FIVE = ("configi_tiny", "jangtq_tiny", "mxfp4_node_tiny", "tqvllm_tiny", "w4a16_tiny")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
@@ -165,6 +167,21 @@ def test_auto_class_opens_our_directories(name, checkpoint, load, golden):
         assert torch.equal(model(ids).logits, load(name)[0](ids).logits)
 
 
+def test_auto_class_takes_the_card_s_rope_override_and_an_attention_kind(checkpoint, load):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint("w4a16_tiny"), rope_scaling=YARN, attn_implementation="eager", device_map="auto"
+    )
+    assert model.model.rotary_emb.rope_type == "yarn"
+    assert model.config._attn_implementation == "eager"
+
+
+def test_saving_is_refused(load, tmp_path):
+    with pytest.raises(UnsupportedError, match="save_pretrained: the checkpoint is read in place"):
+        load("configi_tiny")[0].save_pretrained(tmp_path)
+
+
 def test_auto_class_refuses_options_that_would_be_ignored(checkpoint):
     from transformers import AutoModelForCausalLM
 
@@ -193,7 +210,26 @@ assert AutoModelForImageTextToText.from_pretrained.__func__.hadamoe
         subprocess.run([sys.executable, "-c", code.format(first=first)], check=True)
 
 
-def test_opening_reads_no_weights(tmp_path):
-    """A file with 1 GB of codes, sparse on disk, opens at once and stays out of memory."""
-    pytest.skip("needs synth")
-    time.time()
+def mapped_pages(folder):
+    """Bytes of this folder's mapped files that are in memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = str(folder) in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts mapped pages")
+@pytest.mark.parametrize("format", ["jangtq2", "w4a16"])
+def test_opening_reads_headers_norms_and_scales_only(format, tmp_path):
+    shape = dataclasses.replace(synth.TINY, layers=4, hidden=512, experts=48, moe=512)
+    plan = synth.plan(format, shape, mtp=False)
+    path = plan.write(tmp_path / format)
+    model, _ = hadamoe.load(path)
+    opened = mapped_pages(path)
+    assert opened < 0.2 * plan.nbytes
+    with torch.no_grad():
+        assert model(torch.tensor([[1]])).logits.isfinite().all()
+    assert opened < mapped_pages(path) <= 1.1 * plan.nbytes
