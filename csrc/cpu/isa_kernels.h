@@ -7,6 +7,7 @@
 #include "dequantize.h"
 #include "gated_delta.h"
 #include "hadamard.h"
+#include "qmatmul.h"
 #include "read_bytes.h"
 
 #if HM_ISA_GENERIC
@@ -31,5 +32,7 @@ extern const Kernels HM_TABLE = {
     dequantize,
     gated_delta_conv,
     gated_delta_rule,
+    qmatmul_prepare,
+    qmatmul,
 };
 }  // namespace hm

@@ -55,6 +55,46 @@ struct GatedDeltaTask {
   float* qkv;            // [batch, count, channels]: q | k | v of the chunk; the rule puts S^T q over v
 };
 
+// One token of qmatmul, prepared once for every row that reads it. The caller provides the memory.
+struct QmatmulInput {
+  float* x;         // [padded]: columns rounded up to 64, zeros behind them
+  int8_t* planes;   // AVX-512: x as signed bytes, [padded / 64][3][64]; 64-byte aligned
+  int32_t* sums32;  // AVX-512: fixed-point sums of 32 columns, [padded / 32]
+  float* sums;      // sums of x: of 32 columns; AVX-512: fixed point, per level of QmatmulLevels
+  double unit, total;  // AVX-512: of fixed point, and the sum of all columns
+};
+
+// AVX-512 takes the sums of 16 groups at a time, so each group size in use is a level of its own.
+struct QmatmulLevels {
+  static constexpr int kMost = 8;
+  int count;
+  int64_t group[kMost];  // multiples of 32
+  static int64_t slots(int64_t padded, int64_t group) { return padded / group / 16 * 16 + 16; }
+};
+
+struct QmatmulPrepare {
+  const char* x;  // [t, columns]
+  hm_scale x_type;
+  int64_t columns;
+  bool integer;  // some reader has codes, not plain numbers
+  QmatmulLevels levels;
+  QmatmulInput* inputs;
+};
+
+// A block of rows of one instance and the tokens that go through it.
+struct QmatmulTask {
+  int table, bits, scale_type;  // hm_table, hm_scale
+  int64_t columns, group;
+  const uint8_t *codes, *codes_end;
+  int64_t row_bytes, scale_stride;            // bytes from one row to the next
+  const uint8_t *scale, *bias, *codebook;     // nullptr: none
+  int64_t sums_offset;                        // of the group's level in QmatmulInput::sums
+  const QmatmulInput* const* tokens;
+  char* const* out;                           // where each token's result for row 0 goes
+  int64_t token_count;
+  hm_scale out_type;
+};
+
 struct Kernels {
   const char* name;
   void (*read_bytes)(const ReadTask&, int64_t begin, int64_t end);  // blocks
@@ -62,6 +102,8 @@ struct Kernels {
   void (*dequantize)(const DequantizeTask&, int64_t begin, int64_t end);  // entries of index
   void (*gated_delta_conv)(const GatedDeltaTask&, int64_t begin, int64_t end);  // heads of q, k, v
   void (*gated_delta_rule)(const GatedDeltaTask&, int64_t begin, int64_t end);  // value heads
+  void (*qmatmul_prepare)(const QmatmulPrepare&, int64_t begin, int64_t end);  // tokens
+  void (*qmatmul)(const QmatmulTask&, int64_t begin, int64_t end);  // rows
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;

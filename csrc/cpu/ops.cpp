@@ -5,6 +5,7 @@ static const hm_op kOps[] = {
     {"hadamard", hm::op_hadamard},
     {"dequantize", hm::op_dequantize},
     {"gated_delta", hm::op_gated_delta},
+    {"qmatmul", hm::op_qmatmul},
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count) {

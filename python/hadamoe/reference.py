@@ -1,7 +1,7 @@
 """What each op means, in numpy. Slow, short, and what the tests compare every kernel with.
 
-`hadamard` and `dequantize` repeat the kernels' f32 arithmetic bit for bit. `gated_delta` works in
-f64: the number the f32 kernels approximate.
+`hadamard` and `dequantize` repeat the kernels' f32 arithmetic bit for bit. `qmatmul` and
+`gated_delta` work in f64: the numbers the f32 kernels approximate.
 """
 
 from __future__ import annotations
@@ -76,6 +76,20 @@ def dequantize(weight: Weight, rows) -> np.ndarray:
     """f32 [m, columns]: rows by flat index e * weight.rows + n, as stored (rotation not undone)."""
     flat = [part_values(p, weight.columns) for expert in weight.parts for p in expert]
     return np.concatenate(flat)[np.asarray(rows)]
+
+
+def qmatmul(x, weight: Weight, expert=None) -> np.ndarray:
+    """y = x @ W^T in f64: f64 [..., n], or [..., a, n] through the experts of int [..., a].
+
+    y[t, n] = sum_k x[t, k] * (scale[n, g] * table[code[n, k]] + bias[n, g]), g = k // group, for
+    x [..., k] that is rotated already. f32 kernels approximate it; on integers they meet it.
+    """
+    w = dequantize(weight, np.arange(weight.experts * weight.rows)).astype(np.float64)
+    x = np.asarray(x, np.float64)
+    if expert is None:
+        return x @ w.T
+    w = w.reshape(weight.experts, weight.rows, weight.columns)
+    return np.einsum("...k,...ank->...an", x, w[np.asarray(expert)])
 
 
 def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, hk: int, eps: float):

@@ -1,0 +1,148 @@
+#include "qmatmul_plan.h"
+
+#include "../core/pool.h"
+
+namespace hm {
+namespace {
+
+// Groups that do not fill whole vectors of 64 codes are summed by blocks of 32 columns.
+int64_t level_of(int64_t group) {
+  return group % 64 ? 32 : group;
+}
+
+int64_t group_of(const hm_part& p, int64_t columns) {
+  const hm_table table = kInstances[p.instance].table;
+  return table == hm_plain ? columns : table == hm_e2m1_gguf ? 32 : p.group;
+}
+
+bool one_scale_a_row(const hm_part& p, int64_t columns) {
+  return group_of(p, columns) == columns && kInstances[p.instance].table != hm_e2m1_gguf;
+}
+
+}  // namespace
+
+void Tokens::add_reader(const Contract& c, const std::string& name, const Parts& weight) {
+  int64_t last = 0;  // most parts repeat the group of the one before
+  for (int64_t i = 0; i < weight.experts * weight.per_expert; ++i) {
+    const hm_part& p = weight.parts[i];
+    if (p.rows == 0 || kInstances[p.instance].table == hm_plain) continue;
+    integer_ = true;
+    const int64_t group = group_of(p, columns_);
+    if (group == last || one_scale_a_row(p, columns_)) continue;
+    last = group;
+    const std::string at =
+        "[" + std::to_string(i / weight.per_expert) + "," + std::to_string(i % weight.per_expert) + "]";
+    if (group % 32 || columns_ % group)
+      c.fail(name + at, "has group=" + std::to_string(group) + ", needs " + std::to_string(columns_) +
+                            " or a multiple of 32 that divides it");
+    int64_t level = level_of(group);
+    int known = 0;
+    while (known < levels_.count && levels_.group[known] != level) ++known;
+    if (known == QmatmulLevels::kMost)
+      c.fail(name + at, "is the ninth group size, needs at most 8 in one call");
+    levels_.group[known] = level;
+    if (known == levels_.count) ++levels_.count;
+  }
+}
+
+int64_t Tokens::sums_offset(int64_t group) const {
+  int64_t offset = 0;
+  for (int i = 0; i < levels_.count && levels_.group[i] != level_of(group); ++i)
+    offset += QmatmulLevels::slots(padded_, levels_.group[i]);
+  return offset;
+}
+
+void Tokens::prepare(const void* x, hm_scale type, int64_t count) {
+  constexpr int64_t kGrain = 32768;  // numbers a chunk: about 10 us
+  int64_t slots = padded_ / 32;      // ISAs without levels keep sums of 32 columns
+  for (int i = 0; i < levels_.count; ++i) slots += QmatmulLevels::slots(padded_, levels_.group[i]);
+  auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
+  const int64_t x_bytes = aligned(4 * padded_), planes = aligned(3 * padded_), blocks = aligned(padded_ / 8);
+  const int64_t each = x_bytes + planes + blocks + aligned(4 * slots);
+  memory_.reset(new char[size_t(each * count + 64)]);
+  inputs_.resize(size_t(count));
+  char* p = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+  for (QmatmulInput& in : inputs_) {
+    in.x = reinterpret_cast<float*>(p);
+    in.planes = reinterpret_cast<int8_t*>(p + x_bytes);
+    in.sums32 = reinterpret_cast<int32_t*>(p + x_bytes + planes);
+    in.sums = reinterpret_cast<float*>(p + x_bytes + planes + blocks);
+    p += each;
+  }
+  const QmatmulPrepare task{static_cast<const char*>(x), type, columns_, integer_, levels_, inputs_.data()};
+  parallel_range(count, (kGrain + columns_ - 1) / columns_,
+                 [&](int64_t begin, int64_t end) { kernels().qmatmul_prepare(task, begin, end); });
+}
+
+void Products::add(const Parts& weight, int64_t expert, const Buffers& buffers, const Tokens& tokens,
+                   const std::vector<const QmatmulInput*>& token, const std::vector<char*>& out) {
+  if (token.empty()) return;
+  const int64_t columns = tokens.columns(), item = scale_bytes(out_type_);
+  int64_t row = 0;
+  for (int64_t i = 0; i < weight.per_expert; ++i) {
+    const hm_part& p = weight.parts[expert * weight.per_expert + i];
+    if (p.rows == 0) continue;
+    const InstanceInfo& instance = kInstances[p.instance];
+    auto place = [&](int64_t buffer, int64_t offset) { return buffers.base[size_t(buffer)] + offset; };
+    QmatmulTask task{};
+    task.table = instance.table;
+    task.bits = instance.bits;
+    task.scale_type = instance.scale;
+    task.columns = columns;
+    task.group = group_of(p, columns);
+    task.codes = place(p.codes_buffer, p.codes_offset);
+    task.row_bytes = p.row_bytes;
+    task.codes_end = task.codes + (p.rows - 1) * p.row_bytes + code_bytes(instance, columns);
+    if (instance.table != hm_plain && instance.table != hm_e2m1_gguf) {
+      task.scale_stride = columns / task.group * scale_bytes(instance.scale);
+      task.scale = place(p.scale_buffer, p.scale_offset);
+      if (p.bias_buffer >= 0 && instance.table == hm_linear) task.bias = place(p.bias_buffer, p.bias_offset);
+      if (instance.table == hm_codebook) task.codebook = place(p.codebook_buffer, p.codebook_offset);
+    }
+    task.sums_offset = one_scale_a_row(p, columns) ? 0 : tokens.sums_offset(task.group);
+    task.token_count = int64_t(token.size());
+    task.out_type = out_type_;
+    tasks_.push_back(task);
+    spans_.push_back({token_.size(), p.rows});
+    token_.insert(token_.end(), token.begin(), token.end());
+    for (char* y : out) out_.push_back(y + row * item);
+    row += p.rows;
+  }
+}
+
+void Products::run() {
+  constexpr int64_t kBlock = 16, kLeast = 16 << 10;  // rows a kernel takes at once; bytes worth a hand-over
+  int64_t total = 0;
+  auto cost = [](const QmatmulTask& t) { return t.row_bytes * (1 + t.token_count / 4); };
+  for (size_t i = 0; i < tasks_.size(); ++i) {
+    tasks_[i].tokens = token_.data() + spans_[i].begin;
+    tasks_[i].out = out_.data() + spans_[i].begin;
+    total += cost(tasks_[i]) * spans_[i].rows;
+  }
+  int64_t target = total / (4 * int64_t(thread_count()));
+  if (target < kLeast) target = kLeast;
+  struct Chunk {
+    const QmatmulTask* task;
+    int64_t begin, end;
+  };
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < tasks_.size(); ++i) {
+    int64_t rows = spans_[i].rows, pieces = (cost(tasks_[i]) * rows + target / 2) / target;
+    pieces = pieces < 1 ? 1 : pieces;
+    int64_t step = ((rows + pieces - 1) / pieces + kBlock - 1) / kBlock * kBlock;
+    for (int64_t n = 0; n < rows; n += step)
+      chunks.push_back({&tasks_[i], n, n + step < rows ? n + step : rows});
+  }
+  parallel(uint32_t(chunks.size()),
+           [&](uint32_t i) { kernels().qmatmul(*chunks[i].task, chunks[i].begin, chunks[i].end); });
+}
+
+ByExpert::ByExpert(const int64_t* expert, int64_t count, int64_t experts)
+    : first(size_t(experts) + 1), order(size_t(count)) {
+  for (int64_t i = 0; i < count; ++i) ++first[size_t(expert[i]) + 1];
+  for (size_t e = 0; e < size_t(experts); ++e) first[e + 1] += first[e];
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  for (int64_t i = 0; i < count; ++i) order[size_t(next[size_t(expert[i])]++)] = i;
+}
+
+}  // namespace hm
