@@ -1,4 +1,5 @@
-"""Checkpoints as plain dicts, to bend and write back; and one number per weight for comparing them."""
+"""Checkpoints as plain dicts, to bend and write back; and one number per weight for comparing "
+"them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from hadamoe.checkpoint import DTYPES, INDEX, Checkpoint
 from hadamoe.weight import Weight
 
 Stored = tuple[str, tuple[int, ...], bytes]
-SAFETENSORS = {"u1": "U8", "u4": "U32", "i4": "I32", "i8": "I64", "f2": "F16", "f4": "F32", "u2": "BF16"}
+SAFETENSORS = {
+    "u1": "U8",
+    "u4": "U32",
+    "i4": "I32",
+    "i8": "I64",
+    "f2": "F16",
+    "f4": "F32",
+    "u2": "BF16",
+}
 
 
 def stored(array: np.ndarray, dtype: str | None = None) -> Stored:

@@ -60,9 +60,7 @@ def test_claims(tmp_path):
     assert len(ck) == 0
 
 
-DTYPE_LIST = (
-    "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64"
-)
+DTYPE_LIST = "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64"
 #: file bytes -> message after the file's path
 ATTACKS = {
     "empty": (b"", ": expected 8 bytes of header length, found 0 bytes"),
@@ -291,7 +289,9 @@ def test_config_must_be_there(tmp_path):
     assert str(e.value) == f"{path}: expected a JSON object, found a list"
 
 
-SIZES = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**62, 2**63, 2**64, True, 1.5, None]))
+SIZES = st.one_of(
+    st.integers(-2, 9), st.sampled_from([2**31, 2**62, 2**63, 2**64, True, 1.5, None])
+)
 ENTRIES = st.fixed_dictionaries(
     {},
     optional={
@@ -310,7 +310,8 @@ FUZZ = settings(
 
 
 def accepted_alike(path, data):
-    """Opening raises nothing but FormatError, and what it takes the library takes with equal bytes."""
+    """Opening raises nothing but FormatError, and what it takes the library takes with equal "
+    "bytes."""
     (path / "model.safetensors").write_bytes(data)
     try:
         ck = Checkpoint.open(path)

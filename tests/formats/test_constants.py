@@ -21,7 +21,8 @@ def test_every_recorded_jangtq_table():
 
 @pytest.mark.parametrize("seed", [0, 7, 42, 2**40])
 def test_jangtq_signs_are_numpys_choice(seed):
-    """jang calls this; hadamoe's closed form over raw PCG64 words does not depend on numpy's choice."""
+    """jang calls this; hadamoe's closed form over raw PCG64 words does not depend on numpy's "
+    "choice."""
     want = np.random.default_rng(seed).choice([-1.0, 1.0], size=771)
     np.testing.assert_array_equal(jangtq_signs(771, seed), want)
     np.testing.assert_array_equal(jangtq_signs(512, seed), want[:512])
@@ -48,7 +49,9 @@ def test_jangtq_codebook_bits(columns, bits, half):
 
 def test_tq_signs_masks():
     """MT19937 seeded 42: bit i of word w is set where sign 32 w + i is plus."""
-    masks = [[f"{w:08x}" for w in np.packbits(s > 0, bitorder="little").view("<u4")] for s in tq_signs()]
+    masks = [
+        [f"{w:08x}" for w in np.packbits(s > 0, bitorder="little").view("<u4")] for s in tq_signs()
+    ]
     assert masks == [
         ["3fd74222", "01ab7c17", "ff4abaf6", "656b5fe7"],
         ["a821d007", "2440e65c", "c501d238", "1425bfcb"],

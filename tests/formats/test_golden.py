@@ -40,7 +40,9 @@ def close(y, want):
 def test_mlx_affine(bits, case, tmp_path):
     g = golden(f"affine_b{bits}")
     kind = {"f32": "F32", "f16": "F16", "bf16": "BF16"}[case.split("_")[0]]
-    packed, scales, biases, codes = (g[f"{k}_{case}"] for k in ("packed", "scales", "biases", "codes"))
+    packed, scales, biases, codes = (
+        g[f"{k}_{case}"] for k in ("packed", "scales", "biases", "codes")
+    )
     tensors = {
         "m.weight": stored(packed),
         "m.scales": stored(scales, kind),
