@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich import box
 from rich.console import Console
@@ -33,7 +32,7 @@ _EXTRA = {"torch": "torch", "transformers": "torch", "tokenizers": "torch", "mat
 class _Commands(typer.core.TyperGroup):
     """Turns the package's own errors into one line and exit code 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
         except _ERRORS as e:
@@ -249,6 +248,14 @@ def synth_command(
     console.print(f"wrote {path} in {seconds:.1f} s ({plan.nbytes / 1e6 / seconds:,.0f} MB/s)")
 
 
+def _outcome(rows: list[Any]) -> str:
+    """One cell of the table of claims."""
+    if not all(r.passed for r in rows):
+        return "FAILED"
+    worst = max((r.worst for r in rows), default=0)
+    return f"ok {worst:.2f}" if worst else "ok"
+
+
 @app.command()
 def verify(
     directory: Annotated[
@@ -260,17 +267,20 @@ def verify(
     _set_threads(threads)
     if directory:
         _checkpoint(directory)
-    from . import verify as module
+    from . import verify as verify_
 
-    rows = module.run(directory)
-    table = _table("", "op", "instance", "isa", "claim", "result", "cases", "worst", "ms", left=5)
+    rows = verify_.run(directory)
+    isas = list(dict.fromkeys(r.isa for r in rows))
+    table = _table("", "op", "instance", "claim", "cases", *isas, left=3)
+    lines: dict[tuple[str, str, str], dict[str, list[verify_.Row]]] = {}
     for r in rows:
-        worst = f"{r.worst:.3f}" if r.worst else ""
-        result = "ok" if r.passed else "FAILED"
-        table.add_row(r.op, r.instance, r.isa, r.claim, result, str(r.cases), worst, f"{r.ms:.0f}")
+        lines.setdefault((r.op, r.instance, r.claim), {}).setdefault(r.isa, []).append(r)
+    for line, found in lines.items():
+        cells = [_outcome(found.get(isa, [])) for isa in isas]
+        table.add_row(*line, str(sum(r.cases for r in found[isas[0]])), *cells)
     console = _console()
     console.print(table)
-    console.print("worst: largest error over the error that rounding allows")
+    console.print("numbers: largest error over the error that rounding allows")
     failed = [r for r in rows if not r.passed]
     for r in failed:
         console.print(f"{r.op} {r.instance} {r.isa} {r.claim}: {r.detail}")

@@ -1,7 +1,7 @@
 """The kernels' claims, proved on this machine: every op, every instance, every instruction set.
 
 `run` is what ``hadamoe verify`` shows. It needs no test tools and no checkpoint; with a checkpoint
-it also multiplies rows of each kind of weight the files hold.
+it also multiplies rows of every kind of weight the files hold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import cases, claims, ops, samples
-from .weight import Instance, Weight
+from .weight import Instance, Part, Weight
 
 
 class Row(NamedTuple):
@@ -79,35 +79,37 @@ def _synthetic(isa: str) -> Iterator[Row]:
         yield _prove(op, name, isa, "deterministic", [lambda c=last: _deterministic(c)])
 
 
-def _sample(weight: Weight, rows: int, rng: np.random.Generator) -> Weight:
-    """Up to ``rows`` rows of one random part of one random expert, as a weight of its own."""
-    expert = weight.parts[rng.integers(weight.experts)]
-    part = expert[rng.integers(len(expert))]
-    first = int(rng.integers(max(1, part.rows - rows + 1)))
-    return Weight(weight.columns, ((samples.slice_rows(part, first, first + rows),),))
+def _kinds(weight: Weight) -> dict[tuple[Instance, int, int], list[Part]]:
+    """The weight's parts by (instance, group, columns)."""
+    found: dict[tuple[Instance, int, int], list[Part]] = {}
+    for expert in weight.parts:
+        for part in expert:
+            found.setdefault((part.instance, part.group, weight.columns), []).append(part)
+    return found
 
 
 def _checkpoint(directory: str | PathLike[str], isa: str) -> Iterator[Row]:
-    """Rows of real weights: one weight per instance and width, up to 32 rows, against f64."""
+    """Real weights: up to 32 rows of one matrix of every instance, group and width, against f64."""
     from . import formats
 
     seen: set[tuple[Instance, int, int]] = set()
     rng = np.random.default_rng(0)
     for name, weight in formats.read(directory).weights.items():
-        kinds = {(p.instance, p.group, weight.columns) for e in weight.parts for p in e}
-        if kinds <= seen:
-            continue
-        seen |= kinds
-        missing = [str(i) for i in weight.instances() if not ops.supports(i)]
-        if missing:
-            detail = f"{name}: this build has no code for {' '.join(missing)}"
-            yield Row("qmatmul", " ".join(missing), isa, "file", False, 0, 0.0, 0.0, detail)
-            continue
-        part = _sample(weight, 32, rng)
-        x = rng.standard_normal((3, weight.columns)).astype(np.float32)
-        inst = part.parts[0][0].instance
-        case = cases.qmatmul_case(inst, "gaussian", name, x, part, None)
-        yield _prove("qmatmul", str(inst), isa, "file", [lambda case=case: claims.check(case)])
+        for kind, parts in _kinds(weight).items():
+            if kind in seen:
+                continue
+            seen.add(kind)
+            inst, group, columns = kind
+            if not ops.supports(inst):
+                detail = f"{name} needs {inst}, for which this build has no code"
+                yield Row("qmatmul", str(inst), isa, "file", False, 0, 0.0, 0.0, detail)
+                continue
+            part = parts[rng.integers(len(parts))]
+            first = int(rng.integers(max(1, part.rows - 31)))
+            sample = Weight(columns, ((samples.slice_rows(part, first, first + 32),),))
+            x = rng.standard_normal((3, columns)).astype(np.float32)
+            case = cases.qmatmul_case(inst, "gaussian", f"{name} group={group}", x, sample, None)
+            yield _prove("qmatmul", str(inst), isa, "file", [lambda case=case: claims.check(case)])
 
 
 def run(
