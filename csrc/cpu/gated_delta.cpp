@@ -75,8 +75,9 @@ const char* op_gated_delta(const hm_args* args) {
     // Convolved q, k, v of one chunk of tokens: 1 MB at the model's size, kept between calls.
     static thread_local std::vector<float> qkv;
     const int64_t chunk = std::min(task.tokens, std::max<int64_t>(1, kMostTokens / task.batch));
-    qkv.resize(std::max(qkv.size(), size_t(task.batch * chunk * task.channels)));
-    task.qkv = qkv.data();
+    constexpr uintptr_t kLine = 64;
+    qkv.resize(std::max(qkv.size(), size_t(task.batch * chunk * task.channels) + kLine / sizeof(float)));
+    task.qkv = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(qkv.data()) + kLine - 1) / kLine * kLine);
     const Kernels& kernel = kernels();
     for (task.first = 0; task.first < task.tokens; task.first += chunk) {
       task.count = std::min(chunk, task.tokens - task.first);

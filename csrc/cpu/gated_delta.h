@@ -20,47 +20,51 @@
 namespace hm {
 namespace {
 
+constexpr int kPackedRows = 128;  // of S: 16 or 32 KB of a slice in the first-level cache
 constexpr int kStrip = 128;  // channels convolved together: window and weights of 4 taps are 4 KB
 
 inline int whole_vectors(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// rows[j][i] = columns[i][j]: storage keeps the taps of a channel together, vectors want channels.
+// Storage keeps the taps of a channel together, vectors want channels: rows[j][i] = columns[i][j] and back.
 template <int Taps>
 inline void to_rows(const float* columns, float (*rows)[kStrip], int n, int taps) {
-  if (Taps) taps = Taps;
+  if (Taps) taps = Taps;  // known to the compiler, the loops become shuffles
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < taps; ++j) rows[j][i] = columns[i * taps + j];
+  for (int i = n; i < whole_vectors(n); ++i)
+    for (int j = 0; j < taps; ++j) rows[j][i] = 0;
+}
+template <int Taps>
+inline void to_columns(const float* const* rows, float* columns, int n, int taps) {
+  if (Taps) taps = Taps;
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < taps; ++j) columns[i * taps + j] = rows[j][i];
 }
 
-// x f32[tokens, n] (row stride `stride`): channels first.. of sequence b, convolved; state moves on.
+// x f32[count, n] (row stride `stride`): channels first.. of sequence b, convolved; the state moves on.
 template <int Taps>
 void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t first, int n, float* x, int64_t stride) {
-  const int taps = Taps ? Taps : t.taps, width = whole_vectors(n);
-  alignas(64) float weight[kMostTaps][kStrip] = {}, window[kMostTaps][kStrip] = {}, out[kStrip];
+  const int taps = Taps ? Taps : t.taps, width = whole_vectors(n), bytes = t.proj_dtype == hm_f32 ? 4 : 2;
+  alignas(64) float weight[kMostTaps][kStrip], window[kMostTaps][kStrip], out[kStrip];
   float* state = t.conv_state + (b * t.channels + first) * taps;
   to_rows<Taps>(t.conv_weight + first * taps, weight, n, taps);
   to_rows<Taps>(state, window, n, taps);
-  const int bytes = t.proj_dtype == hm_f32 ? 4 : 2;
-  const char* proj = static_cast<const char*>(t.proj);
-  int newest = taps - 1;  // row of the window; the one after it, cyclically, is the oldest
+  float* rows[kMostTaps];  // of the window, oldest first
+  for (int j = 0; j < taps; ++j) rows[j] = window[j];
+  const char* proj = static_cast<const char*>(t.proj) + ((b * t.tokens + t.first) * t.proj_width + first) * bytes;
   for (int64_t i = 0; i < t.count; ++i) {
-    newest = newest + 1 == taps ? 0 : newest + 1;
-    widen(proj + ((b * t.tokens + t.first + i) * t.proj_width + first) * bytes, window[newest], n, Dtype(t.proj_dtype));
+    float* newest = rows[0];
+    for (int j = 0; j + 1 < taps; ++j) rows[j] = rows[j + 1];
+    rows[taps - 1] = newest;
+    widen(proj + i * t.proj_width * bytes, newest, n, Dtype(t.proj_dtype));
     for (int c = 0; c < width; c += kLanes) {
-      Vec sum = zero();
-      for (int j = 0, row = newest; j < taps; ++j) {
-        row = row + 1 == taps ? 0 : row + 1;
-        sum = fma(load(window[row] + c), load(weight[j] + c), sum);
-      }
+      Vec sum = mul(load(rows[0] + c), load(weight[0] + c));
+      for (int j = 1; j < taps; ++j) sum = fma(load(rows[j] + c), load(weight[j] + c), sum);
       store(out + c, silu(sum));
     }
     memcpy(x + i * stride, out, size_t(n) * 4);
   }
-  for (int i = 0; i < n; ++i)
-    for (int j = 0, row = newest; j < taps; ++j) {
-      row = row + 1 == taps ? 0 : row + 1;
-      state[i * taps + j] = window[row][i];
-    }
+  to_columns<Taps>(rows, state, n, taps);
 }
 
 inline float sum_of_squares(const float* x, int64_t n) {
@@ -114,7 +118,7 @@ inline Gates gates(const GatedDeltaTask& t, int64_t row, int64_t h) {
 
 // One token on V vectors of columns, the last of them n lanes wide where Tail: v becomes S^T q.
 template <int V, bool Tail>
-inline void step(float* s, int64_t dk, int64_t dv, const float* q, const float* k, float* v, Gates g, int n) {
+inline void step(float* s, int64_t stride, int64_t dk, const float* q, const float* k, float* v, Gates g, int n) {
   const auto get = [n](const float* p) { return Tail ? load_n(p, n) : load(p); };
   const auto put = [n](float* p, Vec x) { return Tail ? store_n(p, x, n) : store(p, x); };
   const Vec decay = splat(g.decay), beta = splat(g.beta);
@@ -124,7 +128,7 @@ inline void step(float* s, int64_t dk, int64_t dv, const float* q, const float* 
   for (int64_t i = 0; i < dk; ++i) {
     const Vec ki = splat(k[i]);
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) kv[j] = fma(get(s + i * dv + j * kLanes), ki, kv[j]);
+    for (int j = 0; j < V; ++j) kv[j] = fma(get(s + i * stride + j * kLanes), ki, kv[j]);
   }
   // kv becomes what the state has yet to learn of v
 #pragma GCC unroll 8
@@ -133,7 +137,7 @@ inline void step(float* s, int64_t dk, int64_t dv, const float* q, const float* 
     const Vec ki = splat(k[i]), qi = splat(q[i]);
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
-      float* p = s + i * dv + j * kLanes;
+      float* p = s + i * stride + j * kLanes;
       const Vec next = fma(kv[j], ki, mul(get(p), decay));
       put(p, next);
       out[j] = fma(next, qi, out[j]);
@@ -143,14 +147,27 @@ inline void step(float* s, int64_t dk, int64_t dv, const float* q, const float* 
   for (int j = 0; j < V; ++j) put(v + j * kLanes, out[j]);
 }
 
-template <int V, bool Tail = false>
-void slice(const GatedDeltaTask& t, float* s, int64_t b, int64_t h, int64_t column, const Gates* g, int n = kLanes) {
+// All tokens of the chunk on columns column.. of S; `s` is where the first of them is kept.
+template <int V, bool Tail>
+inline void walk(const GatedDeltaTask& t, float* s, int64_t stride, int64_t b, int64_t h, int64_t column,
+                 const Gates* g, int n) {
   const int64_t key = h / (t.hv / t.hk);
   for (int64_t i = 0; i < t.count; ++i) {
     float* x = t.qkv + (b * t.count + i) * t.channels;
     const float *q = x + key * t.dk, *k = q + t.hk * t.dk;
-    step<V, Tail>(s + column, t.dk, t.dv, q, k, x + 2 * t.hk * t.dk + h * t.dv + column, g[i], n);
+    step<V, Tail>(s, stride, t.dk, q, k, x + 2 * t.hk * t.dk + h * t.dv + column, g[i], n);
   }
+}
+
+template <int V, bool Tail = false>
+void slice(const GatedDeltaTask& t, float* s, int64_t b, int64_t h, int64_t column, const Gates* g, int n = kLanes) {
+  if (Tail || t.count == 1 || t.dk > kPackedRows) return walk<V, Tail>(t, s + column, t.dv, b, h, column, g, n);
+  // Rows a power of two apart share few sets of the cache: several tokens work on a compact copy.
+  alignas(64) float packed[kPackedRows * V * kLanes];
+  constexpr int width = V * kLanes;
+  for (int64_t i = 0; i < t.dk; ++i) memcpy(packed + i * width, s + i * t.dv + column, width * 4);
+  walk<V, Tail>(t, packed, width, b, h, column, g, n);
+  for (int64_t i = 0; i < t.dk; ++i) memcpy(s + i * t.dv + column, packed + i * width, width * 4);
 }
 
 // y = norm * rms(o) * silu(z) for one head of one token.
