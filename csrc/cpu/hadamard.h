@@ -118,28 +118,40 @@ inline void times(const float* x, const float* by, float* y, int64_t n) {
   for (; i < n; ++i) y[i] = x[i] * by[i];
 }
 
+// y = x / divisor or x * factor for n numbers; x may be y.
+inline void scaled(const float* x, float* y, int64_t n, bool divide) {
+  const double root = sqrt(double(n));
+  const float by = divide ? float(root) : float(1.0 / root);
+  int64_t i = 0;
+  if (divide)
+    for (; i + kLanes <= n; i += kLanes) store(y + i, div(load(x + i), splat(by)));
+  else
+    for (; i + kLanes <= n; i += kLanes) store(y + i, mul(load(x + i), splat(by)));
+  for (; i < n; ++i) y[i] = divide ? x[i] / by : x[i] * by;
+}
+
 // One block of n columns starting at column o of a row: columns from k on read as zero.
 inline void hadamard_block(const HadamardTask& t, int64_t row, int64_t o, int64_t n) {
   alignas(64) float v[kLargestBlock];
-  const int xs = t.x_dtype == hm_f32 ? 4 : 2, ys = t.y_dtype == hm_f32 ? 4 : 2;
-  const char* x = static_cast<const char*>(t.x) + (row * t.k + o) * xs;
+  const char* x = static_cast<const char*>(t.x) + (row * t.k + o) * (t.x_dtype == hm_f32 ? 4 : 2);
+  char* y = static_cast<char*>(t.y) + (row * t.columns + o) * (t.y_dtype == hm_f32 ? 4 : 2);
   const int64_t stored = t.k - o < n ? t.k - o : n;
-  widen(x, v, stored, Dtype(t.x_dtype));
-  if (stored < n) memset(v + stored, 0, size_t(n - stored) * 4);
-  if (t.pre) times(v, t.pre + o % t.pre_period, v, n);
+  const float *pre = t.pre ? t.pre + o % t.pre_period : nullptr, *post = t.post ? t.post + o % t.post_period : nullptr;
+
+  if (pre && t.x_dtype == hm_f32 && stored == n && n >= kLanes) {
+    times(reinterpret_cast<const float*>(x), pre, v, n);
+  } else {
+    widen(x, v, stored, Dtype(t.x_dtype));
+    if (stored < n) memset(v + stored, 0, size_t(n - stored) * 4);
+    if (pre) times(v, pre, v, n);
+  }
 
   walsh_hadamard(v, n);
 
-  const double root = sqrt(double(n));
-  const float divisor = t.block ? float(root) : 1.0f, factor = t.block ? 1.0f : float(1.0 / root);
-  int64_t i = 0;
-  if (t.block)
-    for (const Vec d = splat(divisor); i + kLanes <= n; i += kLanes) store(v + i, div(load(v + i), d));
-  else
-    for (const Vec f = splat(factor); i + kLanes <= n; i += kLanes) store(v + i, mul(load(v + i), f));
-  for (; i < n; ++i) v[i] = t.block ? v[i] / divisor : v[i] * factor;
-  if (t.post) times(v, t.post + o % t.post_period, v, n);
-  narrow(v, static_cast<char*>(t.y) + (row * t.columns + o) * ys, n, Dtype(t.y_dtype));
+  float* out = t.y_dtype == hm_f32 && n >= kLanes ? reinterpret_cast<float*>(y) : v;
+  scaled(v, out, n, t.block != 0);
+  if (post) times(out, post, out, n);
+  if (out == v) narrow(v, y, n, Dtype(t.y_dtype));
 }
 
 // Units: blocks of rows when the block is fixed, whole rows otherwise.
