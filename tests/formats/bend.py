@@ -62,10 +62,15 @@ def _source(name):
     return Raw.load(checkpoint(name))
 
 
+def copy_of(name):
+    """A checkpoint to bend."""
+    source = _source(name)
+    return Raw(dict(source.tensors), copy.deepcopy(source.json), dict(source.sidecars))
+
+
 def broken(corpus, attack, path):
     """Write a checkpoint with the attack applied; returns (path, message)."""
     name, apply, message = corpus[attack]
-    source = _source(name)
-    ck = Raw(dict(source.tensors), copy.deepcopy(source.json), dict(source.sidecars))
+    ck = copy_of(name)
     apply(ck)
     return ck.write(path), message

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from bend import (
     broken,
     change,
     config,
+    copy_of,
     drop,
     drop_all,
     poke,
@@ -26,9 +30,9 @@ from bend import (
 from conftest import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_checkpoint import Raw
 
 from hadamoe import FormatError, UnsupportedError, formats
+from hadamoe.checkpoint import DTYPES
 from hadamoe.formats.config import geometry, normalise
 
 #: (checkpoint, what is done to it, message after the directory's path)
@@ -181,6 +185,12 @@ FORMAT_ERRORS = {
         "row of "
         "128 columns, 4 bits, found 8",
     ),
+    "JANGTQ words without tq_bits": (
+        JANG, lambda ck: (drop(f"{ML}.0.mlp.switch_mlp.up_proj.tq_bits")(ck), change(
+            f"{ML}.0.mlp.switch_mlp.up_proj.tq_packed", lambda a: a[..., :7])(ck)),
+        f"/model.safetensors: {ML}.0.mlp.switch_mlp.up_proj.tq_packed: expected 8 or 16 words in a "
+        "row of 128 columns, found 7",
+    ),
     "JANGTQ 5 bits": (
         JANG, put(f"{ML}.0.mlp.switch_mlp.up_proj.tq_bits", np.array([5], np.uint8)),
         f"/model.safetensors: {ML}.0.mlp.switch_mlp.up_proj.tq_bits: expected bits in (2, 4), "
@@ -325,6 +335,7 @@ def test_big_checkpoints_are_verified_on_demand(tmp_path, monkeypatch):
     assert str(e.value) == f"{path}{message}"
 
 
+FUZZ = int(os.environ.get("HADAMOE_FUZZ", "300"))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
@@ -332,11 +343,11 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=FUZZ, deadline=None)
 @given(data=st.data())
 def test_fuzz_config(data):
     """A config with any value anywhere gives sizes, FormatError or UnsupportedError."""
-    config = Raw.load(checkpoint(JANG)).config
+    config = copy_of(JANG).config
     for _ in range(data.draw(st.integers(1, 3))):
         level = data.draw(
             st.sampled_from([config, config.get("text_config"), config.get("vision_config")])
@@ -345,3 +356,23 @@ def test_fuzz_config(data):
             level[data.draw(st.sampled_from(sorted(level)))] = data.draw(JSON)
     with contextlib.suppress(FormatError, UnsupportedError):
         geometry(normalise(config, checkpoint(JANG) / "config.json"), checkpoint(JANG))
+
+
+@settings(max_examples=FUZZ // 4, deadline=None)
+@given(data=st.data())
+def test_fuzz_tensors(data, tmp_path_factory):
+    """Any tensor may have any dtype and shape, or be gone: only our errors, no crash."""
+    ck = copy_of(data.draw(st.sampled_from([JANG, TQ, CT, MX])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        tensor = data.draw(st.sampled_from(sorted(ck.tensors)))
+        kind, shape, _ = ck.tensors.pop(tensor)
+        if data.draw(st.booleans()):
+            kind = data.draw(st.sampled_from([kind, "F32", "U8", "I32", "I64", "BF16", "BOOL"]))
+            sizes = st.sampled_from([*shape, 0, 1, 2, 3, 8, 128])
+            small = st.lists(sizes, max_size=4).filter(lambda s: math.prod(s) < 1 << 20)
+            shape = tuple(data.draw(small))
+            ck.tensors[tensor] = (kind, shape, bytes(math.prod(shape) * DTYPES[kind].itemsize))
+    path = tmp_path_factory.mktemp("fuzz")
+    with contextlib.suppress(FormatError, UnsupportedError):
+        formats.read(ck.write(path)).verify()
+    shutil.rmtree(path)

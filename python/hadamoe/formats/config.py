@@ -178,15 +178,15 @@ def _vision(config: Mapping[str, Any], path: Path) -> Vision | None:
     if v is None:
         return None
 
-    def size(key: str) -> int:
-        return _integer(v, key, path)
+    def size(key: str, default: int) -> int:
+        return _integer(v, key, path, default)
 
-    return Vision(
-        depth=_integer(v, "depth", path, most=4096), hidden=size("hidden_size"),
-        intermediate=size("intermediate_size"), out=size("out_hidden_size"),
-        positions=size("num_position_embeddings"), channels=size("in_channels"),
-        patch=size("patch_size"), temporal=size("temporal_patch_size"),
-        merge=size("spatial_merge_size"),
+    return Vision(  # transformers' defaults, where a text-only conversion left half a config
+        depth=_integer(v, "depth", path, 27, most=4096), hidden=size("hidden_size", 1152),
+        intermediate=size("intermediate_size", 4304), out=size("out_hidden_size", 3584),
+        positions=size("num_position_embeddings", 2304), channels=size("in_channels", 3),
+        patch=size("patch_size", 16), temporal=size("temporal_patch_size", 2),
+        merge=size("spatial_merge_size", 2),
     )  # fmt: skip
 
 

@@ -70,12 +70,14 @@ def reader(files: Files) -> Callable[[str, int, int, int | None], Weight | None]
 def _bits(files: Files, path: str, packed: Tensor, columns: int) -> int:
     """tq_bits where stored, checked against the row width; else from the row width."""
     words = packed.shape[-1]
+    need = {bits: -(-columns // (32 // bits)) for bits in BITS}  # whole words: no code spans two
     name = f"{path}.tq_bits"
     if name not in files:
-        bits, rest = divmod(words * 32, columns)
-        if rest or bits not in BITS:
-            raise wrong(packed, f"bits in {BITS} for {columns} columns", f"{words} words in a row")
-        return bits
+        fit = [bits for bits in BITS if need[bits] == words]
+        if len(fit) != 1:
+            wanted = " or ".join(map(str, need.values()))
+            raise wrong(packed, f"{wanted} words in a row of {columns} columns", str(words))
+        return fit[0]
     t = files.claim(name)
     if t.array.dtype.kind not in "iu" or t.array.size < 1:
         raise wrong(t, "one integer", f"{t.dtype} {list(t.shape)}")
@@ -87,13 +89,9 @@ def _bits(files: Files, path: str, packed: Tensor, columns: int) -> int:
         )
     if bits not in BITS:
         raise wrong(t, f"bits in {BITS}", str(bits))
-    per_word = 32 // bits
-    if words != -(-columns // per_word) or columns % per_word:
-        raise wrong(
-            packed,
-            f"{columns * bits / 32:g} words in a row of {columns} columns, {bits} bits",
-            str(words),
-        )
+    if words != need[bits]:
+        expected = f"{need[bits]} words in a row of {columns} columns, {bits} bits"
+        raise wrong(packed, expected, str(words))
     return bits
 
 
