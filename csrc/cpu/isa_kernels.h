@@ -7,6 +7,7 @@
 #include "dequantize.h"
 #include "gated_delta.h"
 #include "hadamard.h"
+#include "moe_decode.h"
 #include "qmatmul.h"
 #include "read_bytes.h"
 
@@ -34,5 +35,8 @@ extern const Kernels HM_TABLE = {
     gated_delta_rule,
     qmatmul_prepare,
     qmatmul,
+    moe_route,
+    moe_swiglu,
+    moe_combine,
 };
 }  // namespace hm

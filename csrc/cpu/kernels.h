@@ -95,6 +95,28 @@ struct QmatmulTask {
   hm_scale out_type;
 };
 
+struct RouteTask {
+  const float* logits;  // [t, experts]
+  int32_t* expert;      // [t, top_k], best first
+  float* weight;        // [t, top_k]
+  int64_t experts, top_k;
+  bool normalize;
+};
+
+struct SwigluTask {
+  const float* gate_up;  // [r, 2 * width]
+  float* out;            // [r, width]
+  int64_t width;
+};
+
+struct CombineTask {
+  const float *down, *weight;         // [t, top_k, columns], [t, top_k]
+  const float *shared, *shared_gate;  // [t, columns], [t]
+  char* y;                            // [t, columns]
+  hm_scale out_type;
+  int64_t columns, top_k;
+};
+
 struct Kernels {
   const char* name;
   void (*read_bytes)(const ReadTask&, int64_t begin, int64_t end);  // blocks
@@ -104,6 +126,9 @@ struct Kernels {
   void (*gated_delta_rule)(const GatedDeltaTask&, int64_t begin, int64_t end);  // value heads
   void (*qmatmul_prepare)(const QmatmulPrepare&, int64_t begin, int64_t end);  // tokens
   void (*qmatmul)(const QmatmulTask&, int64_t begin, int64_t end);  // rows
+  void (*moe_route)(const RouteTask&, int64_t begin, int64_t end);  // tokens
+  void (*moe_swiglu)(const SwigluTask&, int64_t begin, int64_t end);  // rows
+  void (*moe_combine)(const CombineTask&, int64_t begin, int64_t end);  // tokens
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;

@@ -6,6 +6,7 @@ static const hm_op kOps[] = {
     {"dequantize", hm::op_dequantize},
     {"gated_delta", hm::op_gated_delta},
     {"qmatmul", hm::op_qmatmul},
+    {"moe_decode", hm::op_moe_decode},
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count) {

@@ -9,5 +9,6 @@ const char* op_hadamard(const hm_args*);
 const char* op_dequantize(const hm_args*);
 const char* op_gated_delta(const hm_args*);
 const char* op_qmatmul(const hm_args*);
+const char* op_moe_decode(const hm_args*);
 
 }  // namespace hm

@@ -52,9 +52,8 @@ int64_t Tokens::sums_offset(int64_t group) const {
   return offset;
 }
 
-void Tokens::prepare(const void* x, hm_scale type, int64_t count) {
-  constexpr int64_t kGrain = 32768;  // numbers a chunk: about 10 us
-  int64_t slots = padded_ / 32;      // ISAs without levels keep sums of 32 columns
+void Tokens::allocate(int64_t count) {
+  int64_t slots = padded_ / 32;  // ISAs without levels keep sums of 32 columns
   for (int i = 0; i < levels_.count; ++i) slots += QmatmulLevels::slots(padded_, levels_.group[i]);
   auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
   const int64_t x_bytes = aligned(4 * padded_), planes = aligned(3 * padded_), blocks = aligned(padded_ / 8);
@@ -69,9 +68,18 @@ void Tokens::prepare(const void* x, hm_scale type, int64_t count) {
     in.sums = reinterpret_cast<float*>(p + x_bytes + planes + blocks);
     p += each;
   }
-  const QmatmulPrepare task{static_cast<const char*>(x), type, columns_, integer_, levels_, inputs_.data()};
+}
+
+void Tokens::prepare(const void* x, hm_scale type, int64_t begin, int64_t end) {
+  kernels().qmatmul_prepare({static_cast<const char*>(x), type, columns_, integer_, levels_, inputs_.data()},
+                            begin, end);
+}
+
+void Tokens::prepare(const void* x, hm_scale type, int64_t count) {
+  constexpr int64_t kGrain = 32768;  // numbers a chunk: about 10 us
+  allocate(count);
   parallel_range(count, (kGrain + columns_ - 1) / columns_,
-                 [&](int64_t begin, int64_t end) { kernels().qmatmul_prepare(task, begin, end); });
+                 [&](int64_t begin, int64_t end) { prepare(x, type, begin, end); });
 }
 
 void Products::add(const Parts& weight, int64_t expert, const Buffers& buffers, const Tokens& tokens,

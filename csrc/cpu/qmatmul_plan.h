@@ -17,6 +17,9 @@ class Tokens {
   void add_reader(const Contract& c, const std::string& name, const Parts& weight);
   // x is [count, columns].
   void prepare(const void* x, hm_scale type, int64_t count);
+  // The same in two steps, for an x that appears piece by piece: memory, then tokens [begin, end).
+  void allocate(int64_t count);
+  void prepare(const void* x, hm_scale type, int64_t begin, int64_t end);
   const QmatmulInput* operator[](int64_t t) const { return &inputs_[size_t(t)]; }
   int64_t columns() const { return columns_; }
   int64_t sums_offset(int64_t group) const;

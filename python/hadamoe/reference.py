@@ -1,7 +1,7 @@
 """What each op means, in numpy. Slow, short, and what the tests compare every kernel with.
 
-`hadamard` and `dequantize` repeat the kernels' f32 arithmetic bit for bit. `qmatmul` and
-`gated_delta` work in f64: the numbers the f32 kernels approximate.
+`hadamard` and `dequantize` repeat the kernels' f32 arithmetic bit for bit. `qmatmul`,
+`moe_decode` and `gated_delta` work in f64: the numbers the f32 kernels approximate.
 """
 
 from __future__ import annotations
@@ -90,6 +90,37 @@ def qmatmul(x, weight: Weight, expert=None) -> np.ndarray:
         return x @ w.T
     w = w.reshape(weight.experts, weight.rows, weight.columns)
     return np.einsum("...k,...ank->...an", x, w[np.asarray(expert)])
+
+
+def moe_decode(x, moe: dict[str, Weight], *, top_k: int, normalize: bool = True):
+    """(y [t, k], expert [t, top_k], weight [t, top_k]) of x [t, k] in f64; ``moe`` by role.
+
+    p = softmax(router(x)) and its top_k largest, the lower index first among equals; y = sum_k p_k
+    down_k(silu(gate_k(x)) * up_k(x)) + sigmoid(shared_gate(x)) * shared(x). Every weight's input
+    goes through its own rotation first, in f32. transformers' Qwen3_5MoeSparseMoeBlock.
+    """
+
+    def product(x, role, expert=None):
+        r = moe[role].rotation
+        x = x if r is None else hadamard(x, block=r.block or 0, pre=r.pre, post=r.post)
+        return qmatmul(x, moe[role], expert)
+
+    def swiglu(gate_up):
+        gate, up = np.split(gate_up, 2, -1)
+        return gate * sigmoid(gate) * up
+
+    sigmoid = lambda u: np.exp(-np.logaddexp(0, -u))  # noqa: E731
+    logits = product(x, "router")
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    expert = np.argsort(-p, -1, kind="stable")[:, :top_k]
+    weight = np.take_along_axis(p, expert, -1)
+    weight = weight / weight.sum(-1, keepdims=True) if normalize else weight
+    inner = swiglu(product(x, "gate_up", expert))
+    each = [product(inner[:, i], "down", expert[:, i : i + 1]) for i in range(top_k)]
+    y = (weight[..., None] * np.concatenate(each, 1)).sum(1)
+    shared = product(swiglu(product(x, "shared_gate_up")), "shared_down")
+    return y + sigmoid(product(x, "shared_gate")) * shared, expert, weight
 
 
 def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, hk: int, eps: float):
