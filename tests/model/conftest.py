@@ -18,4 +18,7 @@ def _load(directory, dtype):
 def load(checkpoint):
     """load(name, dtype="float32") -> (model, tokenizer) of a checkpoint in the tests."""
     pytest.importorskip("transformers")
+    import torch
+
+    torch.set_num_threads(1)  # for models this small its threads only wait in each other's way
     return lambda name, dtype="float32": _load(checkpoint(name), dtype)

@@ -102,18 +102,21 @@ def test_same_experts_as_recorded(name, load, golden):
     np.testing.assert_array_equal(got.numpy(), golden("routing")[name])
 
 
-def greedy(model, ids, count):
-    with torch.no_grad():
-        out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)
-    return out[0, ids.shape[1] :]
-
-
 @pytest.mark.parametrize("name", CONTINUATIONS)
 def test_greedy_continuation(name, load):
+    """All prompts in one left-padded batch."""
     model, _ = load(name)
-    for prompt, want in CONTINUATIONS[name].items():
-        got = greedy(model, torch.tensor([list(prompt.encode())]), len(want))
-        assert bytes(got.tolist()).decode() == want
+    prompts, want = zip(*CONTINUATIONS[name].items(), strict=True)
+    width = max(map(len, prompts))
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + list(p.encode()) for p in prompts])
+    got = greedy(model, ids, len(want[0]), attention_mask=mask)
+    assert [bytes(row.tolist()).decode() for row in got] == list(want)
+
+
+def greedy(model, ids, count, **options):
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, **options)
+    return out[:, ids.shape[1] :]
 
 
 def test_greedy_continuation_jangtq(load, golden):
@@ -122,4 +125,4 @@ def test_greedy_continuation_jangtq(load, golden):
     want = arrays["greedy16_from_first16_hf_roundednorms"]
     ids = torch.from_numpy(arrays["input_ids"][:, :16]).long()
     np.testing.assert_array_equal(want[0, :16], ids[0])
-    np.testing.assert_array_equal(greedy(model, ids, 16), want[0, 16:])
+    np.testing.assert_array_equal(greedy(model, ids, 16), want[:, 16:])
