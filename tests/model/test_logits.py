@@ -50,9 +50,9 @@ def one_by_one(model, ids, past=None):
     return torch.cat(out, 1)
 
 
-def close(got, want):
+def close(got, want, tolerance=TOLERANCE):
     worst = np.abs(got.numpy().astype(np.float64) - np.asarray(want)).max()
-    assert worst <= TOLERANCE, f"logits differ by {worst:.3g}, allowed {TOLERANCE}"
+    assert worst <= tolerance, f"logits differ by {worst:.3g}, allowed {tolerance}"
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -67,8 +67,8 @@ def test_f32_logits(name, load, golden):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_one_forward_equals_token_by_token(name, load, golden):
-    """Same experts and logits within 1e-4: attention sums in another order for one query than for
-    many, so bits may differ; everything of ours is bit-equal (the ops' own tests)."""
+    """Not bit for bit: torch's attention sums in another order for one query than for many. A row
+    of our own ops does not depend on its neighbours (the ops' tests)."""
     model, _ = load(name)
     ids, _, want = recorded(golden, name)
     steps = one_by_one(model, ids)
@@ -76,8 +76,8 @@ def test_one_forward_equals_token_by_token(name, load, golden):
         whole = model(ids).logits
         split = model(ids[:, :7], use_cache=True)
         rest = model(ids[:, 7:], past_key_values=split.past_key_values).logits
-    close(steps, whole)
-    close(torch.cat([split.logits, rest], 1), whole)
+    close(steps, whole, 2e-5)
+    close(torch.cat([split.logits, rest], 1), whole, 2e-5)
     if want is not None:
         first = DECODE_FROM.get(name, 0)
         close(steps[:, first : first + want.shape[1]], want)
