@@ -6,7 +6,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,18 @@ def resident_bytes() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch's own thread pool at rest: it has the small operations between ours, and two pools
+    that spin for the same cores cost a decoded token several times its work on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(slots=True)
@@ -152,13 +165,14 @@ def stream(
     decode = None
     if tokenizer is not None:
         decode = lambda pending: tokenizer.decode(pending, skip_special_tokens=True)  # noqa: E731
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_tokens,
-        streamer=_Streamer(decode, on_text, result, time.perf_counter()),
-        **sampling,
-    )
+    with one_torch_thread():
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            streamer=_Streamer(decode, on_text, result, time.perf_counter()),
+            **sampling,
+        )
     return result
 
 
@@ -183,8 +197,9 @@ def bits_per_byte(model: Any, data: bytes, window: int = 1024, batch: int = 4) -
         if len(group[0]) < 2:
             continue
         ids = torch.tensor([list(w) for w in group])
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+        with one_torch_thread():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
         nats -= logp.double().sum().item()
         scored += logp.numel()
     if not scored:
