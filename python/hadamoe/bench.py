@@ -112,7 +112,7 @@ class _Pool:
         self.row_bytes = 17 * blocks if packed else columns * instance.bits // 8
         self.group = columns if instance == ("codebook", instance.bits, "f16") else None
         self.group = self.group or _GROUP.get(instance.table, columns)
-        self.matrices = max(1, pool_bytes // (rows * self.row_bytes))
+        self.matrices = max(8, pool_bytes // (rows * self.row_bytes))
         rng = np.random.default_rng(0)
         self._codes = self._fill_codes(rng, self.matrices * rows * self.row_bytes)
         self._scale = None
@@ -226,11 +226,11 @@ def model(
     Raises:
         FormatError, UnsupportedError: as `hadamoe.load`.
     """
-    from . import inspect, load, torch_run
+    from . import inspect, torch_model, torch_run
 
     found = inspect.describe(directory)
     start = time.perf_counter()
-    loaded, _ = load(str(directory))
+    loaded, _ = torch_model.load(directory)
     opened = time.perf_counter() - start
     ids = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens))
     torch_run.generate(loaded, ids, 2)  # maps the pages, wakes the threads

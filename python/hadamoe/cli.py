@@ -176,10 +176,10 @@ def run(
     """Stream text from a prompt; speed and memory at the end."""
     _set_threads(threads)
     _checkpoint(directory)
-    from . import load, torch_run
+    from . import torch_model, torch_run  # their import is not part of opening
 
     start = time.perf_counter()
-    model, tokenizer = load(str(directory), dtype=dtype)
+    model, tokenizer = torch_model.load(directory, dtype=dtype)
     opened = time.perf_counter() - start
 
     def show(text: str) -> None:

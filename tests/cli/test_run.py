@@ -1,0 +1,57 @@
+"""run and bench: whole models through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import checkpoint
+from typer.testing import CliRunner
+
+from hadamoe import ops
+from hadamoe.cli import app
+
+pytest.importorskip("torch")
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_run_streams_text_and_reports():
+    result = call(
+        "run", checkpoint("stdlib_mxfp4"), "-p", "import os\nimport ", "--max-tokens", 24,
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "import os\nimport sys\nimport sys\nimport sy\n"
+    for text in ("prefill    17 tokens", "decode     24 tokens", "tok/s", "MB resident"):
+        assert text in result.stderr
+
+
+def test_run_samples_the_same_with_the_same_seed():
+    args = ("run", checkpoint("stdlib_configi"), "-p", "def ", "--max-tokens", 16)
+    texts = [call(*args, "--temperature", 1, "--top-p", 0.9, "--seed", s).stdout for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_run_without_tokenizer():
+    result = call("run", checkpoint("w4a16_tiny"), "-p", "x")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "hadamoe: run: the checkpoint has no tokenizer, cannot read a text prompt\n"
+    )
+
+
+def test_bench_writes_figures(tmp_path):
+    result = call(
+        "bench", checkpoint("stdlib_jangtq2"), "--json", tmp_path / "b.json", "--plot",
+        tmp_path / "b.png", "--seconds", 0.01, "--pool", 1, "--prompt-tokens", 8,
+        "--new-tokens", 3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert {r["instance"] for r in report["instances"]} == {str(i) for i in ops.instances()}
+    assert report["model"]["new tokens"] == 3
+    assert report["machine"]["cores"] >= 1
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
