@@ -8,10 +8,12 @@ import pytest
 from conftest import checkpoint
 from typer.testing import CliRunner
 
-from hadamoe import ops
+import hadamoe
+from hadamoe import ops, synth
 from hadamoe.cli import app
 
 pytest.importorskip("torch")
+from hadamoe import torch_run
 
 
 def call(*args):
@@ -55,3 +57,17 @@ def test_bench_writes_figures(tmp_path):
     assert report["model"]["new tokens"] == 3
     assert report["machine"]["cores"] >= 1
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", synth.FORMATS)
+def test_synthetic_models_run(name, tmp_path):
+    """Logits of a synthetic model are finite and of a trained model's size; its text is text."""
+    path = synth.plan(name, synth.TINY).write(tmp_path / name)
+    model, tokenizer = hadamoe.load(str(path))
+    logits = model(input_ids=torch_run.encode(tokenizer, "def fib(n):")).logits.float()
+    assert logits.shape == (1, 11, synth.TINY.vocab)
+    assert logits.isfinite().all()
+    assert 0.3 < logits.std() < 3
+    done = torch_run.stream(model, tokenizer, "x", max_tokens=8, stop=False)
+    assert done.new_tokens == 8
+    assert done.text
