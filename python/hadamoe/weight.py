@@ -37,7 +37,8 @@ class Instance(NamedTuple):
     scale: str
 
     def __str__(self) -> str:
-        return f"{self.table}{self.bits}/{self.scale}"
+        several = self.table in ("linear", "linear_signed", "codebook")  # else the name says it
+        return f"{self.table}{self.bits if several else ''}/{self.scale}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import STDLIB, TINY, checkpoint
+from recorded import STDLIB, TINY, checkpoint
 from typer.testing import CliRunner
 
 from hadamoe.cli import app

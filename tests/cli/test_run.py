@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import checkpoint
+from recorded import checkpoint
 from typer.testing import CliRunner
 
 import hadamoe

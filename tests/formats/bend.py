@@ -6,8 +6,8 @@ import copy
 import functools
 
 import numpy as np
-from conftest import checkpoint
 from raw_checkpoint import Raw, stored
+from recorded import checkpoint
 
 MLX, JANG, TQ, CT, MX = (
     "configi_tiny", "jangtq_tiny", "tqvllm_tiny", "w4a16_tiny", "mxfp4_node_tiny",

@@ -27,9 +27,9 @@ from bend import (
     poke,
     put,
 )
-from conftest import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import checkpoint
 
 from hadamoe import FormatError, UnsupportedError, formats
 from hadamoe.checkpoint import DTYPES

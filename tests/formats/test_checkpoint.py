@@ -9,10 +9,10 @@ import struct
 import numpy as np
 import pytest
 import safetensors
-from conftest import STDLIB, TINY, checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_checkpoint import Raw, header_bytes, stored, write_shard
+from recorded import STDLIB, TINY, checkpoint
 
 from hadamoe import FormatError
 from hadamoe.checkpoint import HEADER_LIMIT, INDEX, Checkpoint

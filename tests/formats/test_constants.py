@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from conftest import golden
+from recorded import golden
 
 from hadamoe.constants import jangtq_codebook, jangtq_signs, tq_codebook, tq_signs
 

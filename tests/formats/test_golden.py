@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import golden
 from raw_checkpoint import stored, values, write_shard
+from recorded import golden
 
 from hadamoe import reference
 from hadamoe.checkpoint import Checkpoint

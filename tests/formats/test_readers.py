@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import STDLIB, TINY, checkpoint
 from raw_checkpoint import Raw, same_weights, stored, values, write_shard
+from recorded import STDLIB, TINY, checkpoint
 
 from hadamoe import FormatError, Instance, formats
 from hadamoe.formats.names import as_f32, canonical

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import STDLIB, TINY, checkpoint
+from recorded import STDLIB, TINY, checkpoint
 
 from hadamoe import Instance, formats, inspect
 
@@ -21,13 +21,13 @@ def test_roles_bytes_and_bits():
     assert {k: r.count for k, r in experts.items()} == {
         "linear_signed4/bf16": 15,
         "linear_signed8/bf16": 1,
-        "plain16/bf16": 24,
+        "plain/bf16": 24,
     }
     four = experts["linear_signed4/bf16"]
     assert (four.group, four.rotated, four.parameters) == (32, False, 15 * 256 * 128)
     assert four.nbytes == 15 * (256 * 64 + 256 * 4 * 2)
     assert four.token_bytes == four.nbytes * 2 / 8  # top 2 of 8
-    embeddings = rows["embeddings", "plain16/bf16", None]
+    embeddings = rows["embeddings", "plain/bf16", None]
     assert (embeddings.nbytes, embeddings.token_bytes) == (512 * 256 * 2, 256 * 2)
     assert (report.layers, report.experts, report.top_k, report.hidden) == (5, 8, 2, 256)
     assert report.vision == (
@@ -43,7 +43,7 @@ def test_rotated_rows_and_vision_linears():
     assert {r.rotated for r in report.rows if r.instance.table == "codebook"} == {True}
     assert {r.rotated for r in report.rows if r.instance.table == "plain"} == {False}
     assert rows["vision linears", "codebook3/f32", 128].token_bytes == 0
-    assert rows["router", "plain16/f16", None].count == 4
+    assert rows["router", "plain/f16", None].count == 4
 
 
 @pytest.mark.parametrize("name", [*TINY, *STDLIB])
