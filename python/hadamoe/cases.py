@@ -17,6 +17,7 @@ from .samples import (  # noqa: F401  the makers of weights are imported from he
     groups_of,
     magnitude,
     pack_bits,
+    plain_part,
     random_part,
     random_weight,
     rounded,
@@ -25,7 +26,7 @@ from .samples import (  # noqa: F401  the makers of weights are imported from he
     to_storage,
     values,
 )
-from .weight import Instance, Weight
+from .weight import Instance, Part, Weight
 
 
 def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> np.ndarray:
@@ -201,6 +202,63 @@ def gated_delta_cases(seed: int = 0) -> Iterator[Case]:
         yield Case("gated_delta", "bound", label, None, run, want, bound)
 
 
+def _picks(rng: np.random.Generator, rows: int, columns: int) -> Part:
+    """A plain matrix whose every row picks one column, with a sign."""
+    w = np.zeros((rows, columns), np.float32)
+    w[np.arange(rows), rng.integers(1, columns, rows)] = rng.choice([-1, 1], rows)
+    return plain_part(w)
+
+
+def _first_column(values: np.ndarray, columns: int) -> Part:
+    """A plain matrix that is zero but for its first column."""
+    w = np.zeros((len(values), columns), np.float32)
+    w[:, 0] = values
+    return plain_part(w)
+
+
+def moe_decode_cases(inst: Instance, seed: int = 0) -> Iterator[Case]:
+    """`ops.moe_decode` of one instance, exactly, in ``gate_up`` and in ``down``.
+
+    x starts with 1. The router's logits are integers, two of them largest, so both chosen experts
+    weigh 1/2; gates are 32, where silu is the identity in f32, and the shared gate is 64, where the
+    sigmoid is 1. The other matrix of each pair picks single columns, so sums stay within 24 bits.
+    """
+    rng = np.random.default_rng([seed, *map(ord, str(inst))])
+    columns, inner, experts = columns_of(inst)[-1], 96, 5
+    for role, tokens in (("gate_up", 3), ("down", 1), ("gate_up", 1), ("down", 19)):
+
+        def ups(role=role) -> Part:
+            if role != "gate_up":
+                return _picks(rng, inner, columns)
+            return random_part(rng, inst, inner, columns, groups_of(inst, columns)[0])
+
+        def downs(role=role) -> Part:
+            if role != "down":
+                return _picks(rng, columns, inner)
+            return random_part(rng, inst, columns, inner, groups_of(inst, inner)[0])
+
+        gates = _first_column(np.full(inner, 32), columns)
+        logits = np.float32([3, 9, -2, 9, 5])
+        weights = {
+            "router": Weight(columns, ((_first_column(logits, columns),),)),
+            "gate_up": Weight(columns, tuple((gates, ups()) for _ in range(experts))),
+            "down": Weight(inner, tuple((downs(),) for _ in range(experts))),
+            "shared_gate_up": Weight(columns, ((gates, ups()),)),
+            "shared_down": Weight(inner, ((downs(),),)),
+            "shared_gate": Weight(columns, ((_first_column(np.float32([64]), columns),),)),
+        }
+        x = _integers(rng, (tokens, columns), "float32")
+        x[:, 0] = 1
+        y = np.zeros((tokens, columns))
+        for e, share in ((1, 0.5), (3, 0.5), (-1, 1.0)):
+            pair = ("shared_gate_up", "shared_down") if e < 0 else ("gate_up", "down")
+            up, down = (values(weights[name])[max(e, 0)] for name in pair)
+            y += share * (32.0 * (x @ up[inner:].T)) @ down.T
+        run = partial(ops.moe_decode, x, ops.MoeWeights.of(**weights), top_k=2)
+        label = f"{role} k={columns} inner={inner} t={tokens}"
+        yield Case("moe_decode", "exact", label, inst, lambda run=run: (run(),), (y,))
+
+
 def by_op_and_instance(
     seed: int = 0,
 ) -> Iterator[tuple[tuple[str, Instance | None], list[Case]]]:
@@ -209,6 +267,8 @@ def by_op_and_instance(
     yield ("gated_delta", None), list(gated_delta_cases(seed))
     for inst in ops.instances():
         yield ("dequantize", inst), list(dequantize_cases(inst, seed))
+    for inst in ops.instances():
+        yield ("moe_decode", inst), list(moe_decode_cases(inst, seed))
     for inst in ops.instances():
         both = [
             c

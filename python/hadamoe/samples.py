@@ -125,6 +125,12 @@ def random_part(
     return Part(inst, rows, group, *arrays, codebook)
 
 
+def plain_part(w: np.ndarray) -> Part:
+    """f32 ``[rows, columns]`` stored as it is."""
+    raw = np.ascontiguousarray(w, np.float32).view(np.uint8).reshape(len(w), -1)
+    return Part(Instance("plain", 32, "f32"), len(w), w.shape[1], raw)
+
+
 def groups_of(inst: Instance, columns: int) -> list[int]:
     """Group sizes worth testing for ``columns``; the last is one scale per row."""
     if inst.table == "plain":

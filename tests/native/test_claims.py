@@ -38,3 +38,8 @@ def test_dequantize(runner, inst):
 def test_qmatmul(runner, inst):
     prove(runner, cases.qmatmul_cases(inst, "integer"))
     prove(runner, cases.qmatmul_cases(inst, "gaussian", dtype="float16"))
+
+
+@pytest.mark.parametrize("inst", INSTANCES, ids=str)
+def test_moe_decode(runner, inst):
+    prove(runner, cases.moe_decode_cases(inst))

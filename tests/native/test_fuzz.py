@@ -123,3 +123,28 @@ def test_gated_delta(sanitized, sizes, heads):
     states = [(b, t, h * dv), (b, c, kernel), (b, h, dk, dv)]
     arrays = [[np.ones(s, np.float32) for s in group] for group in (shapes, states)]
     attempt(sanitized, "gated_delta", *arrays, heads, [1e-6])
+
+
+@FUZZ
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 11), NUMBERS), max_size=2
+    ),
+    ints=st.tuples(
+        NUMBERS, NUMBERS, *[st.sampled_from([-1, -1, 0, 16, 128, 3, 2**40])] * 2, NUMBERS
+    ),
+)
+def test_moe_decode(sanitized, changes, ints):
+    rng = np.random.default_rng(0)
+    inst = INSTANCES[0]
+    sizes = ((5, 128, 1), (128, 128, 5), (128, 64, 5), (128, 128, 1), (128, 64, 1), (1, 128, 1))
+    weights = [samples.random_weight(rng, inst, n, k, group=32, experts=e) for n, k, e in sizes]
+    roles = ops.pack(*weights)
+    tables = [w.parts.copy() for w in roles]
+    for role, e, field, number in changes:
+        table = tables[role]
+        table[e % len(table), 0, field] = number
+    x, y = np.ones((2, 128), np.float32), np.empty((2, 128), np.float32)
+    inputs = [x, None, None, None, None, *tables, *roles[0].buffers]
+    attempt(sanitized, "moe_decode", inputs, [y], ints)
+    attempt(sanitized, "moe_decode", inputs, [y], [2, 1, -1, -1, 0])
