@@ -12,18 +12,13 @@ import numpy as np
 
 from . import ops, reference, rounding
 from .claims import Case, rounding_bound
-from .samples import (  # noqa: F401  the makers of weights are imported from here, too
-    from_bf16,
+from .samples import (
     groups_of,
     magnitude,
-    pack_bits,
     plain_part,
     random_part,
     random_weight,
     rounded,
-    slice_rows,
-    to_bf16,
-    to_storage,
     values,
 )
 from .weight import Instance, Part, Weight

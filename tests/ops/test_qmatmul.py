@@ -9,16 +9,9 @@ import pytest
 from support import at_page_end, weight_at_page_ends
 
 from hadamoe import _cpu, claims, ops, reference
-from hadamoe.cases import (
-    magnitude,
-    pack_bits,
-    qmatmul_cases,
-    random_part,
-    random_weight,
-    to_storage,
-    values,
-)
+from hadamoe.cases import qmatmul_cases
 from hadamoe.errors import ContractError
+from hadamoe.samples import magnitude, pack_bits, random_part, random_weight, to_storage, values
 from hadamoe.weight import Instance, Part, Weight
 
 INSTANCES = ops.instances()
