@@ -141,3 +141,21 @@ def test_slice_rows():
         reference.part_values(samples.slice_rows(part, 1, 9), 64),
         reference.part_values(part, 64)[1:],
     )
+
+
+@pytest.mark.parametrize("inst", ops.instances(), ids=str)
+@pytest.mark.parametrize(
+    ("position", "number"), [(0, 2), (1, 0)], ids=["an expert less", "not normalised"]
+)
+def test_a_mixture_put_together_wrongly_leaves_its_bound(inst, position, number):
+    native = ops._cpu
+
+    class Changed:
+        def call(self, op, inputs, outputs, ints, floats):
+            ints = [number if i == position else n for i, n in enumerate(ints)]
+            native.call(op, inputs, outputs, ints, floats)
+
+    case = cases.moe_decode_gaussian_case(inst)
+    claims.check(case)
+    with pytest.raises(claims.ClaimError, match="within"):
+        claims.check(case, Changed())

@@ -6,12 +6,14 @@ Tests, ``hadamoe verify`` and the runners of other CPUs go through the same gene
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from . import ops, reference, rounding
-from .claims import Case, rounding_bound
+from .claims import Case, gamma, rounding_bound
+from .rounding import Rounded
 from .samples import (
     groups_of,
     magnitude,
@@ -21,7 +23,7 @@ from .samples import (
     rounded,
     values,
 )
-from .weight import Instance, Part, Weight
+from .weight import Instance, Part, Rotation, Weight
 
 
 def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> np.ndarray:
@@ -254,6 +256,100 @@ def moe_decode_cases(inst: Instance, seed: int = 0) -> Iterator[Case]:
         yield Case("moe_decode", "exact", label, inst, lambda run=run: (run(),), (y,))
 
 
+def _product(x: Rounded, w: Weight) -> Rounded:
+    """x ``[r, k]`` through the weight's rotation and every row of the weight, ``[r, E, n]``."""
+    if w.rotation is not None:
+        r, k = w.rotation, x.value.shape[-1]
+        turn = reference.hadamard(
+            np.eye(k, dtype=np.float32), block=r.block or 0, pre=r.pre, post=r.post
+        )
+        size, chain = (np.abs(x.value) + x.error) @ np.abs(turn), k.bit_length() + 4
+        x = Rounded(x.value @ turn, x.error @ np.abs(turn) + gamma(chain) * size)
+    rows = values(w).reshape(-1, w.columns)
+    y = x.value @ rows.T
+    bound = qmatmul_bound(np.abs(x.value) + x.error, w, y, "f32")
+    shape = (len(y), w.experts, w.rows)
+    return Rounded(y.reshape(shape), (x.error @ np.abs(rows).T + bound).reshape(shape))
+
+
+def moe_decode_bound(x: np.ndarray, moe: dict[str, Weight], top_k: int) -> Rounded:
+    """y of a normalised `ops.moe_decode` and its largest error, operation by operation.
+
+    Raises:
+        AssertionError: rounding could choose other experts, which no bound can cover.
+    """
+    start = Rounded(x.astype(np.float64), np.zeros(x.shape))
+
+    def expert(role: str, source: Rounded, chosen: np.ndarray) -> Rounded:
+        every = _product(source, moe[role])
+        return every.each(lambda a: np.take_along_axis(a, chosen[:, None, None], 1)[:, 0])
+
+    def swiglu(both: Rounded) -> Rounded:
+        gate, up = (
+            both[:, i : i + both.value.shape[1] // 2] for i in (0, both.value.shape[1] // 2)
+        )
+        return gate * rounding.sigmoid(gate) * up
+
+    logits = _product(start, moe["router"])[:, 0]
+    order = np.argsort(-logits.value, -1, kind="stable")
+    least, next_ = (logits.value - s * logits.error for s in (1, -1))
+    kept, rest = (
+        np.take_along_axis(a, o, -1)
+        for a, o in ((least, order[:, :top_k]), (next_, order[:, top_k:]))
+    )
+    assert (kept.min(-1) > rest.max(-1, initial=-np.inf)).all(), "two experts are too close"
+    p = (logits - logits.each(lambda a: np.take_along_axis(a, order[:, :1], -1))).exp()
+    p = p / p.sum(-1)
+    share = p.each(lambda a: np.take_along_axis(a, order[:, :top_k], -1))
+    share = share / share.sum(-1)
+    nobody = np.zeros(len(x), int)
+    terms = [
+        rounding.sigmoid(expert("shared_gate", start, nobody))
+        * expert("shared_down", swiglu(expert("shared_gate_up", start, nobody)), nobody)
+    ]
+    for i in range(top_k):
+        inner = swiglu(expert("gate_up", start, order[:, i]))
+        terms.append(share[:, i : i + 1] * expert("down", inner, order[:, i]))
+    both = (np.stack([getattr(t, name) for t in terms]) for name in ("value", "error"))
+    return Rounded(*both).sum(0)[0]
+
+
+def moe_decode_gaussian_case(inst: Instance, seed: int = 0) -> Case:
+    """`ops.moe_decode` on Gaussian data, within `moe_decode_bound`; a rotation where one exists."""
+    rng = np.random.default_rng([seed, *map(ord, str(inst))])
+    columns, inner, experts, top_k = columns_of(inst)[-1], 96, 6, 3
+    width, rotations = inner, (None, None)
+    if inst.table == "codebook" and inst.scale == "f32":  # TQ: blocks of 128, both signs
+        width, rotations = (
+            128,
+            [Rotation(128, *rng.choice(np.float32([-1, 1]), (2, 128))) for _ in range(2)],
+        )
+    elif inst.table == "codebook":  # JANGTQ: powers of two, signs before
+        rotations = [Rotation(None, rng.choice(np.float32([-1, 1]), k)) for k in (columns, inner)]
+
+    def stack(rows: list[int], k: int, rotation: Rotation | None) -> Weight:
+        return replace(
+            random_weight(rng, inst, rows, k, experts=experts, kind="gaussian"), rotation=rotation
+        )
+
+    def dense(rows: int, k: int) -> Weight:
+        return Weight(k, ((plain_part(rng.standard_normal((rows, k)) / np.sqrt(k)),),))
+
+    moe = {
+        "router": dense(experts, columns),
+        "gate_up": stack([inner, inner], columns, rotations[0]),
+        "down": stack([columns], width, rotations[1]),
+        "shared_gate_up": dense(2 * inner, columns),
+        "shared_down": dense(columns, inner),
+        "shared_gate": dense(1, columns),
+    }
+    x = rng.standard_normal((2, columns)).astype(np.float32)
+    y = moe_decode_bound(x, moe, top_k)
+    label = f"k={columns} inner={inner} t={len(x)}"
+    run = partial(ops.moe_decode, x, ops.MoeWeights.of(**moe), top_k=top_k)
+    return Case("moe_decode", "bound", label, inst, lambda: (run(),), (y.value,), (y.error,))
+
+
 def by_op_and_instance(
     seed: int = 0,
 ) -> Iterator[tuple[tuple[str, Instance | None], list[Case]]]:
@@ -263,7 +359,8 @@ def by_op_and_instance(
     for inst in ops.instances():
         yield ("dequantize", inst), list(dequantize_cases(inst, seed))
     for inst in ops.instances():
-        yield ("moe_decode", inst), list(moe_decode_cases(inst, seed))
+        exact = list(moe_decode_cases(inst, seed))
+        yield ("moe_decode", inst), [*exact, moe_decode_gaussian_case(inst, seed)]
     for inst in ops.instances():
         both = [
             c

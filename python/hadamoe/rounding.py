@@ -73,7 +73,8 @@ class Rounded:
         return Rounded(f(self.value), f(np.broadcast_to(self.error, self.value.shape)))
 
 
-def _sigmoid(x: Rounded) -> Rounded:
+def sigmoid(x: Rounded) -> Rounded:
+    """1 / (1 + exp(-x))."""
     one = Rounded(np.float64(1))
     return one / (one + Rounded(-x.value, x.error).exp())
 
@@ -90,7 +91,7 @@ def gated_delta(
     (b, t, _), (c, _), (_, hv, dk, dv) = p.value.shape, w.value.shape, s.value.shape
     cut = np.cumsum([c, hv * dv, hv])
     qkv, z, beta, a = (Rounded(x) for x in np.split(p.value, cut, axis=-1))
-    a, beta = a + dt_bias, _sigmoid(beta)
+    a, beta = a + dt_bias, sigmoid(beta)
     grown = Rounded(np.minimum(a.value, 20), a.error).exp().log1p()  # softplus, linear beyond 20
     big = a.value > 20
     softplus = Rounded(
@@ -104,7 +105,7 @@ def gated_delta(
         window = np.concatenate([conv.value[..., 1:], qkv.value[:, i, :, None]], -1)
         conv = Rounded(window)
         x = (conv * w).sum(-1)[..., 0]
-        x = x * _sigmoid(x)
+        x = x * sigmoid(x)
         q = x[:, : hk * dk].each(lambda u: np.repeat(u.reshape(b, hk, dk, 1), hv // hk, 1))
         k = x[:, hk * dk : 2 * hk * dk]
         k = k.each(lambda u: np.repeat(u.reshape(b, hk, dk, 1), hv // hk, 1))
@@ -121,7 +122,7 @@ def gated_delta(
         mean = (o * o).sum(3) * Rounded(np.float64(1 / dv), U / dv)
         gate = z[:, i].each(lambda u: u.reshape(b, hv, 1, dv))
         rms = one / (mean + Rounded(np.float64(eps), eps * U)).sqrt()
-        outputs.append(norm * (o * rms) * (gate * _sigmoid(gate)))
+        outputs.append(norm * (o * rms) * (gate * sigmoid(gate)))
     y = [
         np.stack([np.broadcast_to(getattr(o, part), (b, hv, 1, dv)) for o in outputs], 1)
         for part in ("value", "error")

@@ -42,4 +42,4 @@ def test_qmatmul(runner, inst):
 
 @pytest.mark.parametrize("inst", INSTANCES, ids=str)
 def test_moe_decode(runner, inst):
-    prove(runner, cases.moe_decode_cases(inst))
+    prove(runner, [*cases.moe_decode_cases(inst), cases.moe_decode_gaussian_case(inst)])
