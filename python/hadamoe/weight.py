@@ -122,6 +122,59 @@ class Weight:
         if not self.in_features:
             object.__setattr__(self, "in_features", self.columns)
 
+    @classmethod
+    def of(
+        cls,
+        instance: tuple[str, int, str],
+        columns: int,
+        codes: np.ndarray,
+        scale: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        codebook: np.ndarray | None = None,
+        *,
+        group: int | None = None,
+        rotation: Rotation | None = None,
+        in_features: int = 0,
+    ) -> Weight:
+        """A matrix, or a stack of experts' matrices, from arrays as they are stored.
+
+        Args:
+            instance: (table, bits, scale dtype), such as ``("linear", 4, "bf16")``.
+            columns: k.
+            codes: ``[rows, ...]`` or ``[experts, rows, ...]`` of any dtype (MLX's u32 words,
+                compressed-tensors' i32, MXFP4 blocks of gpt-oss flattened, GGUF's bytes): the bytes
+                of a row are its codes.
+            scale, bias: ``[rows, groups]`` with the same leading axes; see `Part`.
+            group: columns that share a scale; None takes it from scale's shape.
+        """
+        instance = Instance(*instance)
+        lead = codes.shape[:-1]
+        if len(lead) not in (1, 2):
+            raise ContractError(f"Weight.of: codes has {codes.ndim} dimensions, needs 2 or 3")
+        flat = codes.reshape(-1, codes.shape[-1])
+        if flat.dtype != np.uint8:
+            flat = flat.view(np.uint8)
+        count = len(flat)
+        for name, a in (("scale", scale), ("bias", bias)):
+            if a is not None and (count == 0 or a.size % count or a.shape[: len(lead)] != lead):
+                raise ContractError(
+                    f"Weight.of: {name} has shape {a.shape}, needs {lead} and groups"
+                )
+        if group is None:
+            group = 32 if instance.table == "e2m1_gguf" else columns
+            if scale is not None:
+                group = columns // (scale.size // count)
+        scale, bias = (None if a is None else a.reshape(count, -1) for a in (scale, bias))
+        rows = lead[-1]
+
+        def part(first: int) -> tuple[Part]:
+            at = slice(first, first + rows)
+            s, b = (None if a is None else a[at] for a in (scale, bias))
+            return (Part(instance, rows, group, flat[at], s, b, codebook),)
+
+        parts = tuple(part(first) for first in range(0, count, rows))
+        return cls(columns, parts, rotation, in_features)
+
     @property
     def rows(self) -> int:
         """Rows n of one expert (all parts together)."""

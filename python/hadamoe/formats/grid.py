@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..checkpoint import Tensor
-from ..weight import Instance, Part, Rotation, Weight
+from ..weight import Instance, Rotation, Weight
 from .names import FLOATS, Files
 
 
@@ -25,19 +25,14 @@ def grid(
 
     codes: u8 ``[experts * rows, row_bytes]``; scale, bias: ``[experts * rows, groups]``.
     """
-    count = experts or 1
-    rows = codes.shape[0] // count
-
-    def part(e: int) -> tuple[Part, ...]:
-        r = slice(e * rows, (e + 1) * rows)
-        return (
-            Part(
-                instance, rows, group, codes[r], None if scale is None else scale[r],
-                None if bias is None else bias[r], codebook,
-            ),
-        )  # fmt: skip
-
-    return Weight(columns, tuple(part(e) for e in range(count)), rotation, in_features)
+    head = lead(experts)
+    codes, scale, bias = (
+        None if a is None else a.reshape(*head, -1, a.shape[1]) for a in (codes, scale, bias)
+    )
+    return Weight.of(
+        instance, columns, codes, scale, bias, codebook,
+        group=group, rotation=rotation, in_features=in_features,
+    )  # fmt: skip
 
 
 def flat_rows(t: Tensor, rows: int) -> np.ndarray:
