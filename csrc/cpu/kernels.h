@@ -57,26 +57,35 @@ struct GatedDeltaTask {
 
 // One token of qmatmul, prepared once for every row that reads it. The caller provides the memory.
 struct QmatmulInput {
-  float* x;         // [padded]: columns rounded up to 64, zeros behind them
-  int8_t* planes;   // AVX-512: x as signed bytes, [padded / 64][3][64]; 64-byte aligned
+  float* x;         // [padded]: columns rounded up to 256, zeros behind them
+  int8_t* planes[3];  // AVX-512: x as signed bytes, by fold; see qmatmul_avx512.h; 64-byte aligned
   int32_t* sums32;  // AVX-512: fixed-point sums of 32 columns, [padded / 32]
   float* sums;      // sums of x: of 32 columns; AVX-512: fixed point, per level of QmatmulLevels
   double unit, total;  // AVX-512: of fixed point, and the sum of all columns
 };
 
-// AVX-512 takes the sums of 16 groups at a time, so each group size in use is a level of its own.
+// log2 of the vectors of codes that AVX-512 unpacks from one load of at most 64 bytes.
+static inline int qmatmul_fold(int table, int bits) {
+  return table == hm_e2m1_gguf || bits > 4 ? 0 : bits == 2 ? 2 : 1;
+}
+// Columns whose x AVX-512 sums for one scale: a group, or 32 where a block of codes cuts groups.
+static inline int64_t qmatmul_unit(int64_t group, int fold) {
+  return (64 << fold) % group == 0 || group % (64 << fold) == 0 ? group : 32;
+}
+
+// AVX-512 takes the sums of 16 units at a time, so each unit in use is a level of its own.
 struct QmatmulLevels {
   static constexpr int kMost = 8;
   int count;
-  int64_t group[kMost];  // multiples of 32
-  static int64_t slots(int64_t padded, int64_t group) { return padded / group / 16 * 16 + 16; }
+  int64_t unit[kMost];  // multiples of 32
+  static int64_t slots(int64_t padded, int64_t unit) { return padded / unit / 16 * 16 + 16; }
 };
 
 struct QmatmulPrepare {
   const char* x;  // [t, columns]
   hm_scale x_type;
   int64_t columns;
-  bool integer;  // some reader has codes, not plain numbers
+  int folds;  // AVX-512: bit f: some reader has codes of fold f
   QmatmulLevels levels;
   QmatmulInput* inputs;
 };
@@ -88,7 +97,7 @@ struct QmatmulTask {
   const uint8_t *codes, *codes_end;
   int64_t row_bytes, scale_stride;            // bytes from one row to the next
   const uint8_t *scale, *bias, *codebook;     // nullptr: none
-  int64_t sums_offset;                        // of the group's level in QmatmulInput::sums
+  int64_t sums_offset;                        // of the unit's level in QmatmulInput::sums
   const QmatmulInput* const* tokens;
   char* const* out;                           // where each token's result for row 0 goes
   int64_t token_count;

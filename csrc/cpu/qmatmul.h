@@ -249,14 +249,14 @@ void qmatmul(const QmatmulTask& task, int64_t begin, int64_t end) {
 
 // Sums of x over 32 columns, and over the groups that AVX-512's kernels take 16 at a time.
 void qmatmul_prepare(const QmatmulPrepare& task, int64_t begin, int64_t end) {
-  const int64_t padded = (task.columns + 63) / 64 * 64;
+  const int64_t padded = (task.columns + 255) / 256 * 256;
   for (int64_t i = begin; i < end; ++i) {
     QmatmulInput& in = task.inputs[i];
     widen(task.x + i * task.columns * (task.x_type == hm_f32 ? 4 : 2), in.x, task.columns,
           Dtype(task.x_type));
     for (int64_t k = task.columns; k < padded; ++k) in.x[k] = 0;
 #if HM_ISA_AVX512
-    if (task.integer) {
+    if (task.folds) {
       to_fixed_point(task, in, in.x);
       continue;
     }

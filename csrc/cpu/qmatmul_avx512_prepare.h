@@ -15,12 +15,15 @@ namespace {
 enum UnpackKind { kCode, kTable, kWide, kPair };
 
 struct UnpackPlan {
-  __m512i index, shift, mask;  // mask: kCode; bit 0 and bit 1 for kPair in pair[]
-  __m512i table[3], pair[2];
-  int64_t stride;         // bytes of 64 codes
-  __mmask64 whole, tail;  // bytes of a vector of 64 codes; of the last one
-  int64_t vectors;        // vectors of 64 codes, without the tail
+  __m512i index[4], shift[4], mask;  // per vector of a block; mask: kCode
+  __m512i table[3], pair[2];         // pair: bit 0 and bit 1 of a code, for kPair
+  int64_t stride;                    // bytes of a block of codes
+  __mmask64 whole, tail;             // bytes of a block; of the last one
+  int64_t blocks;                    // whole blocks in a row
   bool has_tail;
+  int64_t unit, units, units_per_group;  // columns that share a sum of x; in a row; in a group
+  __m512i unit_of_lane;                  // of a block's units
+  int units_per_block;
   float pair_a, pair_b;     // kPair: A, and B / 2
   float high, low, offset;  // row = high * (h and m sums) + low * (l sums) + offset * sum of scale * X
 };
@@ -29,28 +32,39 @@ inline __mmask64 first_bytes(int64_t n) {
   return n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1;
 }
 
+// Where vector s finds the 4 codes of its lane i: see qmatmul_avx512.h.
 inline void plan_layout(const QmatmulTask& task, UnpackPlan& c) {
   alignas(64) uint8_t index[64], shift[64];
-  bool gguf = task.table == hm_e2m1_gguf;
-  int bits = task.bits;
-  for (int i = 0; i < 64; ++i) {
-    int word = i / 8, j = i % 8;
-    if (gguf) {  // block i/32: a scale byte, then byte j holds code j below and code j + 16 above
-      int code = i % 32;
-      index[i] = uint8_t(i / 32 * 17 + 1 + code % 16);
-      shift[i] = uint8_t(8 * j + (code < 16 ? 0 : 4));
-    } else {
-      index[i] = uint8_t(word * bits + (j < bits ? j : 0));
-      shift[i] = uint8_t(j * bits);
+  const bool gguf = task.table == hm_e2m1_gguf;
+  const int bits = task.bits, vectors = 1 << qmatmul_fold(task.table, bits);
+  for (int s = 0; s < vectors; ++s) {
+    for (int i = 0; i < 64; ++i) {
+      const int lane = i / 4, j = i % 4, half = lane % 2 * 32;  // of a 64-bit word
+      const int bit = (vectors * lane + s) * 4 * bits;          // the lane's first code
+      if (gguf) {  // block i / 32: a scale byte, then byte j holds code j below and code j + 16 above
+        const int code = i % 32;
+        index[i] = uint8_t(i / 32 * 17 + 1 + code % 16);
+        shift[i] = uint8_t(i % 8 * 8 + (code < 16 ? 0 : 4));
+      } else {
+        index[i] = uint8_t(bit / 8 + (j < (bits + 1) / 2 ? j : 0));
+        shift[i] = uint8_t(half + bit % 8 + j * bits);
+      }
     }
+    c.index[s] = _mm512_load_si512(index);
+    c.shift[s] = _mm512_load_si512(shift);
   }
-  c.index = _mm512_load_si512(index);
-  c.shift = _mm512_load_si512(shift);
   c.mask = _mm512_set1_epi8(char((1 << bits) - 1));
-  c.stride = gguf ? 34 : 8 * bits;
-  c.vectors = task.columns / 64;
-  int64_t rest = task.columns % 64;
+  c.stride = gguf ? 34 : 8 * bits * vectors;
+  c.blocks = task.columns / (64 * vectors);
+  const int64_t rest = task.columns % (64 * vectors);
   c.has_tail = rest != 0;
+  c.unit = qmatmul_unit(task.group, qmatmul_fold(task.table, bits));
+  c.units = task.columns / c.unit;
+  c.units_per_group = task.group / c.unit;
+  c.units_per_block = int(64 * vectors / c.unit);
+  alignas(64) int32_t unit[16];
+  for (int lane = 0; lane < 16; ++lane) unit[lane] = int32_t(4 * vectors * lane / c.unit);
+  c.unit_of_lane = _mm512_load_si512(unit);
   c.whole = first_bytes(c.stride);
   c.tail = first_bytes(gguf ? rest / 32 * 17 : (rest * bits + 7) / 8);
 }
@@ -169,41 +183,72 @@ inline int fixed_exponent(uint32_t bits) {
   return top * pow2(-e) > 8355711.0 / 8388608.0 ? e + 1 : e;
 }
 
-// x f32[padded] (a multiple of 64) to planes [padded / 64][h m l][64] and sums; in.unit makes them numbers
-// again.
+// Four vectors of x's bytes, 256 columns, in the order of a fold.
+inline void store_folded(int8_t* const* planes, int folds, int64_t k, int plane, const __m512i (&v)[4]) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int s = 0; s < 4; ++s) {
+    const int64_t at = 3 * (k + 64 * s) + 64 * plane;
+    if (folds & 1) _mm512_store_si512(planes[0] + at, v[s]);
+    if (folds & 2) {
+      const __m512i from = _mm512_add_epi32(_mm512_slli_epi32(lanes, 1), _mm512_set1_epi32(s % 2));
+      _mm512_store_si512(planes[1] + at, _mm512_permutex2var_epi32(v[s / 2 * 2], from, v[s / 2 * 2 + 1]));
+    }
+    if (folds & 4) {
+      const __m512i from = _mm512_add_epi32(_mm512_slli_epi32(lanes, 2), _mm512_set1_epi32(s));
+      const __m512i low = _mm512_permutex2var_epi32(v[0], from, v[1]);
+      const __m512i high = _mm512_permutex2var_epi32(v[2], from, v[3]);
+      _mm512_store_si512(planes[2] + at, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+    }
+  }
+}
+
+inline __m512i bytes_of(const __m512i (&v)[4]) {
+  __m512i b = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(v[0]));
+  b = _mm512_inserti32x4(b, _mm512_cvtepi32_epi8(v[1]), 1);
+  b = _mm512_inserti32x4(b, _mm512_cvtepi32_epi8(v[2]), 2);
+  return _mm512_inserti32x4(b, _mm512_cvtepi32_epi8(v[3]), 3);
+}
+
+// x f32[padded], a multiple of 256, to planes and sums; in.unit makes them numbers again.
 void to_fixed_point(const QmatmulPrepare& task, QmatmulInput& in, const float* x) {
-  int64_t padded = (task.columns + 63) / 64 * 64;
-  uint32_t top = largest_bits(x, padded);
-  bool finite = top < 0x7f800000u;
-  int e = top && finite ? fixed_exponent(top) : 0;
+  const int64_t padded = (task.columns + 255) / 256 * 256;
+  const uint32_t top = largest_bits(x, padded);
+  const bool finite = top < 0x7f800000u;
+  const int e = top && finite ? fixed_exponent(top) : 0;
   in.unit = finite ? pow2(e - 23) : double(bits_to_f32(0x7fc00000u));  // one infinity makes the token NaN
   const __m512 exponent = splat(float(23 - e));
   const __m512i half = _mm512_set1_epi32(128);
   int64_t total = 0;
-  for (int64_t k = 0; k < padded; k += 64) {
-    int8_t* out = in.planes + 3 * k;
-    __m512i v[4];
-    for (int i = 0; i < 4; ++i) {
-      v[i] = finite ? _mm512_cvtps_epi32(_mm512_scalef_ps(load(x + k + 16 * i), exponent))
-                    : _mm512_setzero_si512();
-      __m512i mid = _mm512_srai_epi32(_mm512_add_epi32(v[i], half), 8);
-      __m512i high = _mm512_srai_epi32(_mm512_add_epi32(mid, half), 8);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(high));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 64 + 16 * i), _mm512_cvtepi32_epi8(mid));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 128 + 16 * i), _mm512_cvtepi32_epi8(v[i]));
+  for (int64_t k = 0; k < padded; k += 256) {
+    __m512i low[4], mid[4], high[4];
+    for (int s = 0; s < 4; ++s) {
+      __m512i l[4], m[4], h[4];
+      for (int i = 0; i < 4; ++i) {
+        const __m512 v = _mm512_scalef_ps(load(x + k + 64 * s + 16 * i), exponent);
+        l[i] = finite ? _mm512_cvtps_epi32(v) : _mm512_setzero_si512();
+        m[i] = _mm512_srai_epi32(_mm512_add_epi32(l[i], half), 8);
+        h[i] = _mm512_srai_epi32(_mm512_add_epi32(m[i], half), 8);
+      }
+      low[s] = bytes_of(l);
+      mid[s] = bytes_of(m);
+      high[s] = bytes_of(h);
+      int32_t* sums = in.sums32 + k / 32 + 2 * s;
+      sums[0] = _mm512_reduce_add_epi32(_mm512_add_epi32(l[0], l[1]));
+      sums[1] = _mm512_reduce_add_epi32(_mm512_add_epi32(l[2], l[3]));
+      total += sums[0] + sums[1];
     }
-    in.sums32[k / 32] = _mm512_reduce_add_epi32(_mm512_add_epi32(v[0], v[1]));
-    in.sums32[k / 32 + 1] = _mm512_reduce_add_epi32(_mm512_add_epi32(v[2], v[3]));
-    total += in.sums32[k / 32] + in.sums32[k / 32 + 1];
+    store_folded(in.planes, task.folds, k, 0, high);
+    store_folded(in.planes, task.folds, k, 1, mid);
+    store_folded(in.planes, task.folds, k, 2, low);
   }
   in.total = double(total);
   float* out = in.sums;
   for (int level = 0; level < task.levels.count; ++level) {
-    const int64_t group = task.levels.group[level], slots = QmatmulLevels::slots(padded, group);
+    const int64_t unit = task.levels.unit[level], slots = QmatmulLevels::slots(padded, unit);
     for (int64_t g = 0; g < slots; ++g) {
       int64_t sum = 0;
-      if ((g + 1) * group <= padded)
-        for (int64_t j = g * group / 32; j < (g + 1) * group / 32; ++j) sum += in.sums32[j];
+      if ((g + 1) * unit <= padded)
+        for (int64_t j = g * unit / 32; j < (g + 1) * unit / 32; ++j) sum += in.sums32[j];
       out[g] = float(sum);
     }
     out += slots;

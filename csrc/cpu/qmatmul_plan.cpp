@@ -5,11 +5,6 @@
 namespace hm {
 namespace {
 
-// Groups that do not fill whole vectors of 64 codes are summed by blocks of 32 columns.
-int64_t level_of(int64_t group) {
-  return group % 64 ? 32 : group;
-}
-
 int64_t group_of(const hm_part& p, int64_t columns) {
   const hm_table table = kInstances[p.instance].table;
   return table == hm_plain ? columns : table == hm_e2m1_gguf ? 32 : p.group;
@@ -22,56 +17,59 @@ bool one_scale_a_row(const hm_part& p, int64_t columns) {
 }  // namespace
 
 void Tokens::add_reader(const Contract& c, const std::string& name, const Parts& weight) {
-  int64_t last = 0;  // most parts repeat the group of the one before
+  int64_t last = 0;  // most parts repeat the group and width of the one before
+  int last_fold = 0;
   for (int64_t i = 0; i < weight.experts * weight.per_expert; ++i) {
     const hm_part& p = weight.parts[i];
     if (p.rows == 0 || kInstances[p.instance].table == hm_plain) continue;
-    integer_ = true;
+    const int fold = qmatmul_fold(kInstances[p.instance].table, kInstances[p.instance].bits);
     const int64_t group = group_of(p, columns_);
-    if (group == last || one_scale_a_row(p, columns_)) continue;
+    folds_ |= 1 << fold;
+    if ((group == last && fold == last_fold) || one_scale_a_row(p, columns_)) continue;
     last = group;
+    last_fold = fold;
     const std::string at =
         "[" + std::to_string(i / weight.per_expert) + "," + std::to_string(i % weight.per_expert) + "]";
     if (group % 32 || columns_ % group)
       c.fail(name + at, "has group=" + std::to_string(group) + ", needs " + std::to_string(columns_) +
                             " or a multiple of 32 that divides it");
-    int64_t level = level_of(group);
+    const int64_t unit = qmatmul_unit(group, fold);
     int known = 0;
-    while (known < levels_.count && levels_.group[known] != level) ++known;
+    while (known < levels_.count && levels_.unit[known] != unit) ++known;
     if (known == QmatmulLevels::kMost)
       c.fail(name + at, "is the ninth group size, needs at most 8 in one call");
-    levels_.group[known] = level;
+    levels_.unit[known] = unit;
     if (known == levels_.count) ++levels_.count;
   }
 }
 
-int64_t Tokens::sums_offset(int64_t group) const {
+int64_t Tokens::sums_offset(int64_t unit) const {
   int64_t offset = 0;
-  for (int i = 0; i < levels_.count && levels_.group[i] != level_of(group); ++i)
-    offset += QmatmulLevels::slots(padded_, levels_.group[i]);
+  for (int i = 0; i < levels_.count && levels_.unit[i] != unit; ++i)
+    offset += QmatmulLevels::slots(padded_, levels_.unit[i]);
   return offset;
 }
 
 void Tokens::allocate(int64_t count) {
   int64_t slots = padded_ / 32;  // ISAs without levels keep sums of 32 columns
-  for (int i = 0; i < levels_.count; ++i) slots += QmatmulLevels::slots(padded_, levels_.group[i]);
+  for (int i = 0; i < levels_.count; ++i) slots += QmatmulLevels::slots(padded_, levels_.unit[i]);
   auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
-  const int64_t x_bytes = aligned(4 * padded_), planes = aligned(3 * padded_), blocks = aligned(padded_ / 8);
-  const int64_t each = x_bytes + planes + blocks + aligned(4 * slots);
+  const int64_t x_bytes = aligned(4 * padded_), planes = 3 * padded_, blocks = aligned(padded_ / 8);
+  const int64_t each = x_bytes + 3 * planes + blocks + aligned(4 * slots);
   memory_.reset(new char[size_t(each * count + 64)]);
   inputs_.resize(size_t(count));
   char* p = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
   for (QmatmulInput& in : inputs_) {
     in.x = reinterpret_cast<float*>(p);
-    in.planes = reinterpret_cast<int8_t*>(p + x_bytes);
-    in.sums32 = reinterpret_cast<int32_t*>(p + x_bytes + planes);
-    in.sums = reinterpret_cast<float*>(p + x_bytes + planes + blocks);
+    for (int f = 0; f < 3; ++f) in.planes[f] = reinterpret_cast<int8_t*>(p + x_bytes + f * planes);
+    in.sums32 = reinterpret_cast<int32_t*>(p + x_bytes + 3 * planes);
+    in.sums = reinterpret_cast<float*>(p + x_bytes + 3 * planes + blocks);
     p += each;
   }
 }
 
 void Tokens::prepare(const void* x, hm_scale type, int64_t begin, int64_t end) {
-  kernels().qmatmul_prepare({static_cast<const char*>(x), type, columns_, integer_, levels_, inputs_.data()},
+  kernels().qmatmul_prepare({static_cast<const char*>(x), type, columns_, folds_, levels_, inputs_.data()},
                             begin, end);
 }
 
@@ -107,7 +105,8 @@ void Products::add(const Parts& weight, int64_t expert, const Buffers& buffers, 
       if (p.bias_buffer >= 0 && instance.table == hm_linear) task.bias = place(p.bias_buffer, p.bias_offset);
       if (instance.table == hm_codebook) task.codebook = place(p.codebook_buffer, p.codebook_offset);
     }
-    task.sums_offset = one_scale_a_row(p, columns) ? 0 : tokens.sums_offset(task.group);
+    const int64_t unit = qmatmul_unit(task.group, qmatmul_fold(task.table, task.bits));
+    task.sums_offset = one_scale_a_row(p, columns) ? 0 : tokens.sums_offset(unit);
     task.token_count = int64_t(token.size());
     task.out_type = out_type_;
     tasks_.push_back(task);

@@ -12,7 +12,7 @@ namespace hm {
 // Tokens of one input, prepared once for all weights that read it.
 class Tokens {
  public:
-  explicit Tokens(int64_t columns) : columns_(columns), padded_((columns + 63) / 64 * 64) {}
+  explicit Tokens(int64_t columns) : columns_(columns), padded_((columns + 255) / 256 * 256) {}
   // Notes what a weight's kernels want of the tokens; call for every reader, before prepare().
   void add_reader(const Contract& c, const std::string& name, const Parts& weight);
   // x is [count, columns].
@@ -22,11 +22,11 @@ class Tokens {
   void prepare(const void* x, hm_scale type, int64_t begin, int64_t end);
   const QmatmulInput* operator[](int64_t t) const { return &inputs_[size_t(t)]; }
   int64_t columns() const { return columns_; }
-  int64_t sums_offset(int64_t group) const;
+  int64_t sums_offset(int64_t unit) const;
 
  private:
   int64_t columns_, padded_;
-  bool integer_ = false;
+  int folds_ = 0;
   QmatmulLevels levels_{};
   std::vector<QmatmulInput> inputs_;
   std::unique_ptr<char[]> memory_;
