@@ -221,7 +221,7 @@ def moe_decode_cases(inst: Instance, seed: int = 0) -> Iterator[Case]:
     sigmoid is 1. The other matrix of each pair picks single columns, so sums stay within 24 bits.
     """
     rng = np.random.default_rng([seed, *map(ord, str(inst))])
-    columns, inner, experts = columns_of(inst)[-1], 96, 5
+    columns, inner, experts = columns_of(inst)[1], 96, 5
     for role, tokens in (("gate_up", 3), ("down", 1), ("gate_up", 1), ("down", 19)):
 
         def ups(role=role) -> Part:
@@ -249,7 +249,8 @@ def moe_decode_cases(inst: Instance, seed: int = 0) -> Iterator[Case]:
         y = np.zeros((tokens, columns))
         for e, share in ((1, 0.5), (3, 0.5), (-1, 1.0)):
             pair = ("shared_gate_up", "shared_down") if e < 0 else ("gate_up", "down")
-            up, down = (values(weights[name])[max(e, 0)] for name in pair)
+            one = (replace(w, parts=(w.parts[max(e, 0)],)) for w in map(weights.get, pair))
+            up, down = (values(w)[0] for w in one)
             y += share * (32.0 * (x @ up[inner:].T)) @ down.T
         run = partial(ops.moe_decode, x, ops.MoeWeights.of(**weights), top_k=2)
         label = f"{role} k={columns} inner={inner} t={tokens}"
@@ -280,8 +281,7 @@ def moe_decode_bound(x: np.ndarray, moe: dict[str, Weight], top_k: int) -> Round
     """
     start = Rounded(x.astype(np.float64), np.zeros(x.shape))
 
-    def expert(role: str, source: Rounded, chosen: np.ndarray) -> Rounded:
-        every = _product(source, moe[role])
+    def pick(every: Rounded, chosen: np.ndarray) -> Rounded:
         return every.each(lambda a: np.take_along_axis(a, chosen[:, None, None], 1)[:, 0])
 
     def swiglu(both: Rounded) -> Rounded:
@@ -302,14 +302,13 @@ def moe_decode_bound(x: np.ndarray, moe: dict[str, Weight], top_k: int) -> Round
     p = p / p.sum(-1)
     share = p.each(lambda a: np.take_along_axis(a, order[:, :top_k], -1))
     share = share / share.sum(-1)
-    nobody = np.zeros(len(x), int)
-    terms = [
-        rounding.sigmoid(expert("shared_gate", start, nobody))
-        * expert("shared_down", swiglu(expert("shared_gate_up", start, nobody)), nobody)
-    ]
+    shared = swiglu(_product(start, moe["shared_gate_up"])[:, 0])
+    gate = rounding.sigmoid(_product(start, moe["shared_gate"])[:, 0])
+    terms = [gate * _product(shared, moe["shared_down"])[:, 0]]
+    gate_up = _product(start, moe["gate_up"])
     for i in range(top_k):
-        inner = swiglu(expert("gate_up", start, order[:, i]))
-        terms.append(share[:, i : i + 1] * expert("down", inner, order[:, i]))
+        down = _product(swiglu(pick(gate_up, order[:, i])), moe["down"])
+        terms.append(share[:, i : i + 1] * pick(down, order[:, i]))
     both = (np.stack([getattr(t, name) for t in terms]) for name in ("value", "error"))
     return Rounded(*both).sum(0)[0]
 
@@ -317,7 +316,7 @@ def moe_decode_bound(x: np.ndarray, moe: dict[str, Weight], top_k: int) -> Round
 def moe_decode_gaussian_case(inst: Instance, seed: int = 0) -> Case:
     """`ops.moe_decode` on Gaussian data, within `moe_decode_bound`; a rotation where one exists."""
     rng = np.random.default_rng([seed, *map(ord, str(inst))])
-    columns, inner, experts, top_k = columns_of(inst)[-1], 96, 6, 3
+    columns, inner, experts, top_k = columns_of(inst)[1], 96, 6, 3
     width, rotations = inner, (None, None)
     if inst.table == "codebook" and inst.scale == "f32":  # TQ: blocks of 128, both signs
         width, rotations = (

@@ -269,7 +269,9 @@ def verify(
         _checkpoint(directory)
     from . import verify as verify_
 
-    rows = verify_.run(directory)
+    console = _console()
+    with console.status("preparing cases") as status:
+        rows = verify_.run(directory, lambda r: status.update(f"{r.isa} {r.op} {r.instance}"))
     isas = list(dict.fromkeys(r.isa for r in rows))
     table = _table("", "op", "instance", "claim", "cases", *isas, left=3)
     lines: dict[tuple[str, str, str], dict[str, list[verify_.Row]]] = {}
@@ -278,7 +280,6 @@ def verify(
     for line, found in lines.items():
         cells = [_outcome(found.get(isa, [])) for isa in isas]
         table.add_row(*line, str(sum(r.cases for r in found[isas[0]])), *cells)
-    console = _console()
     console.print(table)
     console.print("numbers: largest error over the error that rounding allows")
     failed = [r for r in rows if not r.passed]

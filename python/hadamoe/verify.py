@@ -44,6 +44,7 @@ class Row(NamedTuple):
 
 
 Progress = Callable[[Row], None]
+Group = tuple[tuple[str, Instance | None], list[claims.Case]]
 
 
 def _prove(
@@ -67,8 +68,8 @@ def _deterministic(case: claims.Case) -> float:
     return 0.0
 
 
-def _synthetic(isa: str) -> Iterator[Row]:
-    for (op, instance), group in cases.by_op_and_instance():
+def _synthetic(isa: str, everything: list[Group]) -> Iterator[Row]:
+    for (op, instance), group in everything:
         name = str(instance or "")
         for claim in ("exact", "bound"):
             chosen = [c for c in group if c.claim == claim]
@@ -128,15 +129,14 @@ def run(
         FormatError: the directory is not a checkpoint hadamoe reads.
     """
     rows: list[Row] = []
+    everything = list(cases.by_op_and_instance())
     before = ops.isa()
     try:
         for isa in ops.isas():
             ops.set_isa(isa)
-            steps = (
-                [_synthetic(isa)]
-                if directory is None
-                else [_synthetic(isa), _checkpoint(directory, isa)]
-            )
+            steps = [_synthetic(isa, everything)]
+            if directory is not None:
+                steps.append(_checkpoint(directory, isa))
             for row in (row for step in steps for row in step):
                 rows.append(row)
                 if progress is not None:
