@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hadamoe import Instance, Weight, cases, claims, ops, reference, samples
+from hadamoe import Instance, Weight, ops, reference
+from hadamoe.verify import cases, claims, samples
 
 INSTANCES = [
     Instance("linear", 4, "bf16"),

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from hadamoe import Instance, cases, formats, ops, verify
+from hadamoe import Instance, formats, ops, verify
+from hadamoe.verify import cases
 
 
 @pytest.fixture(scope="module")

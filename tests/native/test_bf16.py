@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from hadamoe import cases, claims, ops, reference, samples
+from hadamoe import ops, reference
+from hadamoe.verify import cases, claims, samples
 
 
 @contextmanager

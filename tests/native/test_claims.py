@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hadamoe import cases, claims, ops
+from hadamoe import ops
+from hadamoe.verify import cases, claims
 
 INSTANCES = ops.instances()
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hadamoe import ops, samples
+from hadamoe import ops
 from hadamoe.errors import ContractError
+from hadamoe.verify import samples
 
 from .conftest import start
 

@@ -8,7 +8,7 @@ from support import at_page_end, weight_at_page_ends
 
 from hadamoe import _cpu, ops, reference
 from hadamoe.errors import ContractError
-from hadamoe.samples import groups_of, random_part, random_weight
+from hadamoe.verify.samples import groups_of, random_part, random_weight
 from hadamoe.weight import Instance, Part, Rotation, Weight
 
 INSTANCES = ops.instances()

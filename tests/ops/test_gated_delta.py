@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from support import at_page_end
 
-from hadamoe import _cpu, ops, reference, rounding
-from hadamoe.cases import gated_delta_arrays
+from hadamoe import _cpu, ops, reference
 from hadamoe.errors import ContractError
+from hadamoe.verify import rounding
+from hadamoe.verify.cases import gated_delta_arrays
 
 #: b, t, hk, hv, dk, dv, taps: the model's heads, tails of every vector width, strips over 128.
 SHAPES = [

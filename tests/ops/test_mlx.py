@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hadamoe import Instance, Rotation, ops, samples
+from hadamoe import Instance, Rotation, ops
 from hadamoe.errors import ContractError, UnsupportedError
+from hadamoe.verify import samples
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'hadamoe[mlx]')")
 

@@ -11,7 +11,7 @@ from support import at_page_end
 from hadamoe import _cpu, ops, reference
 from hadamoe.errors import ContractError
 from hadamoe.ops import MoeWeights
-from hadamoe.samples import pack_bits, random_weight, to_storage
+from hadamoe.verify.samples import pack_bits, random_weight, to_storage
 from hadamoe.weight import Instance, Part, Rotation, Weight, fuse_rows, stack_experts
 
 AFFINE8, MXFP4 = Instance("linear", 8, "bf16"), Instance("e2m1", 4, "e8m0")

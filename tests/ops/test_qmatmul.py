@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from support import at_page_end, weight_at_page_ends
 
-from hadamoe import _cpu, claims, ops, reference
-from hadamoe.cases import qmatmul_cases
+from hadamoe import _cpu, ops, reference
 from hadamoe.errors import ContractError
-from hadamoe.samples import magnitude, pack_bits, random_part, random_weight, to_storage, values
+from hadamoe.verify import claims
+from hadamoe.verify.cases import qmatmul_cases
+from hadamoe.verify.samples import (
+    magnitude,
+    pack_bits,
+    random_part,
+    random_weight,
+    to_storage,
+    values,
+)
 from hadamoe.weight import Instance, Part, Weight
 
 INSTANCES = ops.instances()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hadamoe import Rotation, claims, ops, samples
+from hadamoe import Rotation, ops
+from hadamoe.verify import claims, samples
 from hadamoe.weight import Part, Weight
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hadamoe import Instance, cases, claims, ops
+from hadamoe import Instance, ops
+from hadamoe.verify import cases, claims
 from hadamoe.weight import Part
 
 from .support import check_product, check_values, raw, weight_of

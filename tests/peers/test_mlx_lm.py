@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hadamoe import Instance, cases, ops, rounding
+from hadamoe import Instance, ops
+from hadamoe.verify import cases, rounding
 from hadamoe.weight import Part, Weight
 
 from .support import raw

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import cases, claims, ops, samples
-from .weight import Instance, Part, Weight
+from .. import ops
+from ..weight import Instance, Part, Weight
+from . import cases, claims, samples
 
 
 class Row(NamedTuple):
@@ -91,7 +92,7 @@ def _kinds(weight: Weight) -> dict[tuple[Instance, int, int], list[Part]]:
 
 def _checkpoint(directory: str | PathLike[str], isa: str) -> Iterator[Row]:
     """Real weights: up to 32 rows of one matrix of every instance, group and width, against f64."""
-    from . import formats
+    from .. import formats
 
     seen: set[tuple[Instance, int, int]] = set()
     rng = np.random.default_rng(0)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import reference
-from .weight import Instance, Part, Weight
+from .. import reference
+from ..weight import Instance, Part, Weight
 
 # ---- storage dtypes (bf16 travels as u16 bits) ----
 

@@ -11,7 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from . import ops, reference, rounding
+from .. import ops, reference
+from ..weight import Instance, Part, Rotation, Weight
+from . import rounding
 from .claims import Case, gamma, rounding_bound
 from .rounding import Rounded
 from .samples import (
@@ -23,7 +25,6 @@ from .samples import (
     rounded,
     values,
 )
-from .weight import Instance, Part, Rotation, Weight
 
 
 def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,13 +1,13 @@
 """README's support table, generated from the list of compiled instances.
 
-python -m hadamoe.support
+python tests/readme_table.py
 """
 
 from __future__ import annotations
 
 from itertools import groupby
 
-from .packed import instances
+from hadamoe.packed import instances
 
 #: What arrives in each table kind.
 ARRIVES = {

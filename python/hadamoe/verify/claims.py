@@ -1,7 +1,7 @@
 """What every op claims, and the checks that tests and ``hadamoe verify`` share.
 
 A claim is checked on a `Case`: one call of an op, what must come out and how far off it may be.
-`hadamoe.cases` makes them in two kinds:
+`cases` makes them in two kinds:
 
 - exact: integer inputs, codes of every value and power-of-two scales make every product and partial
   sum a small multiple of 2^-2, so f32 arithmetic in any order is exact and the tolerance is zero.
@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import ops
-from .weight import Instance
+from .. import ops
+from ..weight import Instance
 
 #: Unit roundoff of every dtype a kernel stores.
 UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
