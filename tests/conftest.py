@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import recorded
 
@@ -20,3 +22,14 @@ def checkpoint():
 def golden():
     """The function `recorded.golden`."""
     return recorded.golden
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where everything is installed (.ci/run says so), a skipped test is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if skipped and os.environ.get("HADAMOE_SKIP") == "never":
+        reporter.ensure_newline()
+        for reason in sorted({str(r.longrepr[2]) for r in skipped}):
+            reporter.write_line(f"must not skip here: {reason}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
