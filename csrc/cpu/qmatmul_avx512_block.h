@@ -42,15 +42,14 @@ inline __m512i load_once(const int8_t* p) {
 template <int kKind, int kFold>
 struct Unpacker {
   static constexpr int kVectors = 1 << kFold;
-  __m512i index[kVectors], shift[2], first, second, third;
+  __m512i index, shift[kVectors], first, second, third;
   explicit Unpacker(const UnpackPlan& c)
-      : first(kKind == kCode ? c.mask : c.table[0]),
+      : index(c.index),
+        first(kKind == kCode ? c.mask : c.table[0]),
         second(kKind == kPair ? c.pair[0] : c.table[1]),
         third(kKind == kPair ? c.pair[1] : c.table[2]) {
     HM_UNROLL
-    for (int s = 0; s < kVectors; ++s) index[s] = c.index[s];
-    HM_UNROLL
-    for (int s = 0; s < 2 && s < kVectors; ++s) shift[s] = c.shift[s];  // 2 bits: all the same
+    for (int s = 0; s < kVectors; ++s) shift[s] = c.shift[s];
   }
 };
 
@@ -91,11 +90,10 @@ HM_INLINE void add_vector(__m512i u2, __m512i u1, __m512i u0, const int8_t* cons
 template <int kKind, int kTokens, int kFold>
 HM_INLINE void add_block(const Unpacker<kKind, kFold>& c, const uint8_t* p, __mmask64 bytes,
                          const int8_t* const* x, int64_t at, Sums<kKind, kTokens>& sums) {
-  const __m512i codes = _mm512_maskz_loadu_epi8(bytes, p);
+  const __m512i codes = _mm512_permutexvar_epi8(c.index, _mm512_maskz_loadu_epi8(bytes, p));
   HM_UNROLL
   for (int s = 0; s < 1 << kFold; ++s) {
-    const __m512i v =
-        _mm512_multishift_epi64_epi8(c.shift[kFold == 1 ? s : 0], _mm512_permutexvar_epi8(c.index[s], codes));
+    const __m512i v = _mm512_multishift_epi64_epi8(c.shift[s], codes);
     const __m512i u = kKind == kCode ? _mm512_and_si512(v, c.first) : _mm512_permutexvar_epi8(v, c.first);
     __m512i u1 = u, u0 = u;
     if (kKind == kWide) {
@@ -155,19 +153,22 @@ inline __m512 load_scales(const uint8_t* row, int64_t first, int n, int type) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
-// The scale of each of 16 blocks of 32 columns from `first` on, where `ratio` blocks share one.
-inline __m512 load_block_scales(const QmatmulTask& task, const uint8_t* row, int64_t first, int n,
-                                int64_t ratio) {
-  if (task.table == hm_e2m1_gguf) {
-    uint8_t e[16] = {};
-    for (int i = 0; i < n; ++i) e[i] = row[(first + i) * 17];
-    return load_scales(e, 0, n, hm_e8m0);
-  }
-  if (ratio == 1) return load_scales(row, first, n, task.scale_type);
+// Where a block cuts groups, or scales lie among the codes: 16 of them, one by one.
+__attribute__((noinline)) __m512 gather_scales(const QmatmulTask& task, const UnpackPlan& c,
+                                               const uint8_t* row, int64_t first, int n) {
   alignas(64) float s[16] = {};
   for (int i = 0; i < n; ++i)
-    s[i] = _mm512_cvtss_f32(load_scales(row, (first + i) / ratio, 1, task.scale_type));
+    s[i] = task.table == hm_e2m1_gguf
+               ? e8m0_to_f32(row[(first + i) * 17])
+               : _mm512_cvtss_f32(load_scales(row, (first + i) / c.units_per_group, 1, task.scale_type));
   return _mm512_load_ps(s);
+}
+
+// Scales (or biases) of units [first, first + n), n <= 16.
+inline __m512 load_unit_scales(const QmatmulTask& task, const UnpackPlan& c, const uint8_t* row,
+                               int64_t first, int n) {
+  return c.gathers_scales ? gather_scales(task, c, row, first, n)
+                          : load_scales(row, first, n, task.scale_type);
 }
 
 }  // namespace

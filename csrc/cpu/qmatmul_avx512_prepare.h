@@ -15,15 +15,17 @@ namespace {
 enum UnpackKind { kCode, kTable, kWide, kPair };
 
 struct UnpackPlan {
-  __m512i index[4], shift[4], mask;  // per vector of a block; mask: kCode
-  __m512i table[3], pair[2];         // pair: bit 0 and bit 1 of a code, for kPair
-  int64_t stride;                    // bytes of a block of codes
-  __mmask64 whole, tail;             // bytes of a block; of the last one
-  int64_t blocks;                    // whole blocks in a row
+  __m512i index, shift[4], mask;  // shift: per vector of a block; mask: kCode
+  __m512i table[3], pair[2];      // pair: bit 0 and bit 1 of a code, for kPair
+  int64_t stride;                 // bytes of a block of codes
+  __mmask64 whole, tail;          // bytes of a block; of the last one
+  int64_t blocks;                 // whole blocks in a row
   bool has_tail;
   int64_t unit, units, units_per_group;  // columns that share a sum of x; in a row; in a group
   __m512i unit_of_lane;                  // of a block's units
   int units_per_block;
+  int64_t blocks_per_unit;
+  bool gathers_scales;      // they do not lie side by side, one for each unit
   float pair_a, pair_b;     // kPair: A, and B / 2
   float high, low, offset;  // row = high * (h and m sums) + low * (l sums) + offset * sum of scale * X
 };
@@ -32,27 +34,30 @@ inline __mmask64 first_bytes(int64_t n) {
   return n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1;
 }
 
-// Where vector s finds the 4 codes of its lane i: see qmatmul_avx512.h.
+// Where byte i of vector s finds its code: see qmatmul_avx512.h.
 inline void plan_layout(const QmatmulTask& task, UnpackPlan& c) {
   alignas(64) uint8_t index[64], shift[64];
   const bool gguf = task.table == hm_e2m1_gguf;
   const int bits = task.bits, vectors = 1 << qmatmul_fold(task.table, bits);
   for (int s = 0; s < vectors; ++s) {
     for (int i = 0; i < 64; ++i) {
-      const int lane = i / 4, j = i % 4, half = lane % 2 * 32;  // of a 64-bit word
-      const int bit = (vectors * lane + s) * 4 * bits;          // the lane's first code
+      const int word = i / 8, lane = i / 4;
       if (gguf) {  // block i / 32: a scale byte, then byte j holds code j below and code j + 16 above
         const int code = i % 32;
         index[i] = uint8_t(i / 32 * 17 + 1 + code % 16);
         shift[i] = uint8_t(i % 8 * 8 + (code < 16 ? 0 : 4));
-      } else {
-        index[i] = uint8_t(bit / 8 + (j < (bits + 1) / 2 ? j : 0));
-        shift[i] = uint8_t(half + bit % 8 + j * bits);
+      } else if (vectors == 1) {  // a word holds 8 codes
+        index[i] = uint8_t(word * bits + (i % 8 < bits ? i % 8 : 0));
+        shift[i] = uint8_t(i % 8 * bits);
+      } else {  // a lane holds 4 * vectors codes: whole bytes, at most 4
+        const int bytes = vectors * bits / 2;
+        index[i] = uint8_t(lane * bytes + (i % 4 < bytes ? i % 4 : 0));
+        shift[i] = uint8_t(lane % 2 * 32 + (i % 4 * vectors + s) * bits);
       }
     }
-    c.index[s] = _mm512_load_si512(index);
     c.shift[s] = _mm512_load_si512(shift);
   }
+  c.index = _mm512_load_si512(index);
   c.mask = _mm512_set1_epi8(char((1 << bits) - 1));
   c.stride = gguf ? 34 : 8 * bits * vectors;
   c.blocks = task.columns / (64 * vectors);
@@ -62,6 +67,8 @@ inline void plan_layout(const QmatmulTask& task, UnpackPlan& c) {
   c.units = task.columns / c.unit;
   c.units_per_group = task.group / c.unit;
   c.units_per_block = int(64 * vectors / c.unit);
+  c.blocks_per_unit = c.unit / (64 * vectors);
+  c.gathers_scales = gguf || c.units_per_group != 1;
   alignas(64) int32_t unit[16];
   for (int lane = 0; lane < 16; ++lane) unit[lane] = int32_t(4 * vectors * lane / c.unit);
   c.unit_of_lane = _mm512_load_si512(unit);
@@ -183,20 +190,24 @@ inline int fixed_exponent(uint32_t bits) {
   return top * pow2(-e) > 8355711.0 / 8388608.0 ? e + 1 : e;
 }
 
-// Four vectors of x's bytes, 256 columns, in the order of a fold.
+// Four vectors of x's bytes, 256 columns, in the order of each fold in use.
 inline void store_folded(int8_t* const* planes, int folds, int64_t k, int plane, const __m512i (&v)[4]) {
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  alignas(64) uint8_t every[2][64];
+  for (int i = 0; i < 64; ++i) {
+    every[0][i] = uint8_t(2 * i);
+    every[1][i] = uint8_t(4 * i);
+  }
   for (int s = 0; s < 4; ++s) {
     const int64_t at = 3 * (k + 64 * s) + 64 * plane;
     if (folds & 1) _mm512_store_si512(planes[0] + at, v[s]);
     if (folds & 2) {
-      const __m512i from = _mm512_add_epi32(_mm512_slli_epi32(lanes, 1), _mm512_set1_epi32(s % 2));
-      _mm512_store_si512(planes[1] + at, _mm512_permutex2var_epi32(v[s / 2 * 2], from, v[s / 2 * 2 + 1]));
+      const __m512i from = _mm512_add_epi8(_mm512_load_si512(every[0]), _mm512_set1_epi8(char(s % 2)));
+      _mm512_store_si512(planes[1] + at, _mm512_permutex2var_epi8(v[s / 2 * 2], from, v[s / 2 * 2 + 1]));
     }
     if (folds & 4) {
-      const __m512i from = _mm512_add_epi32(_mm512_slli_epi32(lanes, 2), _mm512_set1_epi32(s));
-      const __m512i low = _mm512_permutex2var_epi32(v[0], from, v[1]);
-      const __m512i high = _mm512_permutex2var_epi32(v[2], from, v[3]);
+      const __m512i from = _mm512_add_epi8(_mm512_load_si512(every[1]), _mm512_set1_epi8(char(s)));
+      const __m512i low = _mm512_permutex2var_epi8(v[0], from, v[1]);
+      const __m512i high = _mm512_permutex2var_epi8(v[2], from, v[3]);
       _mm512_store_si512(planes[2] + at, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
     }
   }
