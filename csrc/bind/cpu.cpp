@@ -25,6 +25,12 @@ const hm_op& find(const std::string& name) {
   throw nb::key_error(("no op named " + name).c_str());
 }
 
+[[noreturn]] void refuse(const std::string& problem) {
+  nb::object error = nb::module_::import_("hadamoe.errors").attr("ContractError");
+  PyErr_SetString(error.ptr(), problem.c_str());
+  throw nb::python_error();
+}
+
 // Runs one op: arrays in and out (None for an absent one), then its integers and numbers.
 void call(const std::string& name, const std::vector<nb::object>& in, const std::vector<nb::object>& out,
           const std::vector<int64_t>& ints, const std::vector<double>& floats) {
@@ -32,7 +38,15 @@ void call(const std::string& name, const std::vector<nb::object>& in, const std:
   std::vector<Array> held;
   held.reserve(in.size() + out.size());
   for (const auto* list : {&in, &out})
-    for (const nb::object& o : *list) held.emplace_back(o);
+    for (const nb::object& o : *list) {
+      try {
+        held.emplace_back(o);
+      } catch (const nb::cast_error&) {  // no array, or one DLPack cannot describe (byte-swapped numbers)
+        const std::string which = (list == &in ? "input " : "output ") + std::to_string(&o - list->data());
+        const std::string type = nb::cast<std::string>(nb::str(o.type().attr("__name__")));
+        refuse(name + ": " + which + " is " + type + ", needs an array of this machine's own numbers");
+      }
+    }
   std::vector<DLTensor> tensors;
   tensors.reserve(held.size());
   for (const Array& a : held) tensors.push_back(a.tensor);
@@ -43,10 +57,7 @@ void call(const std::string& name, const std::vector<nb::object>& in, const std:
     nb::gil_scoped_release release;
     problem = op.run(&args);
   }
-  if (!problem) return;
-  nb::object error = nb::module_::import_("hadamoe.errors").attr("ContractError");
-  PyErr_SetString(error.ptr(), problem);
-  throw nb::python_error();
+  if (problem) refuse(problem);
 }
 
 std::vector<std::tuple<std::string, int, std::string>> instances() {

@@ -57,7 +57,9 @@ app = typer.Typer(
 )
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
-Threads = Annotated[int | None, typer.Option(help="Threads; all cores where not given.", min=1)]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads; all cores where not given.", min=1, max=ops.MAX_THREADS)
+]
 
 
 def _console() -> Console:

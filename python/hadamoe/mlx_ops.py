@@ -46,6 +46,12 @@ def _rows(x: mx.array) -> mx.array:
     return mx.contiguous(x.reshape(-1, x.shape[-1]))
 
 
+def _integers(op: str, name: str, a: mx.array) -> mx.array:
+    if not mx.issubdtype(a.dtype, mx.integer):
+        raise ContractError(f"{op}: {name} is {str(a.dtype)[9:]}, needs integers")
+    return mx.contiguous(a.astype(mx.int64))
+
+
 def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
     """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
     k = x.shape[-1]
@@ -56,7 +62,7 @@ def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array
 
 def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
     """`hadamoe.ops.dequantize`."""
-    index = mx.contiguous(rows.astype(mx.int64).reshape(-1))
+    index = _integers("dequantize", "rows", rows).reshape(-1)
     y = mx.zeros((index.size, w.columns), _dtype(dtype))
     _call("dequantize", [w.parts, index, *w.buffers], [y], [w.columns], [])
     if w.rotation is not None:
@@ -73,7 +79,7 @@ def qmatmul(x: mx.array, w: Any, *, expert: mx.array | None) -> mx.array:
         if expert.shape[:-1] != x.shape[:-1]:
             raise ContractError(f"qmatmul: expert has shape {expert.shape}, x has {x.shape}")
         shape = (flat.shape[0], expert.shape[-1], w.rows)
-        expert = mx.contiguous(expert.astype(mx.int64).reshape(shape[:2]))
+        expert = _integers("qmatmul", "expert", expert).reshape(shape[:2])
     y = mx.zeros(shape, x.dtype)
     _call("qmatmul", [flat, w.parts, expert, *w.buffers], [y], [], [])
     return y.reshape(*x.shape[:-1], *shape[1:])

@@ -58,19 +58,42 @@ def threads() -> int:
     return _cpu.threads()
 
 
+#: More would only take a machine down: chunks are claimed, not handed out.
+MAX_THREADS = 1024
+
+
 def set_threads(count: int) -> None:
-    """Use ``count`` threads (>= 1). Not while an op runs."""
-    if count < 1:
-        raise ContractError(f"set_threads: count is {count}, needs at least 1")
+    """Use ``count`` threads (1 to `MAX_THREADS`). Not while an op runs."""
+    if not 1 <= count <= MAX_THREADS:
+        raise ContractError(f"set_threads: count is {count}, needs 1 to {MAX_THREADS}")
     _cpu.set_threads(count)
 
 
-def _packed(weight: Weight | PackedWeight) -> PackedWeight:
-    return pack(weight) if isinstance(weight, Weight) else weight
+def _packed(op: str, weight: Weight | PackedWeight) -> PackedWeight:
+    if isinstance(weight, PackedWeight):
+        return weight
+    if not isinstance(weight, Weight):
+        raise ContractError(f"{op}: weight is {type(weight).__name__}, needs a Weight or pack(it)")
+    return pack(weight)
 
 
-def _framework(x: Any) -> Any:
-    """The module that runs ops on arrays like ``x``; None for numpy."""
+def _framework(op: str, name: str, x: Any, columns: int | None = None) -> Any:
+    """The module that runs ops on arrays like ``x``; None for numpy.
+
+    Checks what a kernel cannot see: a weight's table of parts does not say how wide it is.
+    """
+    module = _module(x)
+    if module is NotImplemented:
+        kind = type(x).__name__
+        raise ContractError(f"{op}: {name} is {kind}, needs a numpy, torch or MLX array")
+    if name == "x" and (x.ndim == 0 or x.shape[-1] == 0):
+        raise ContractError(f"{op}: x has shape {tuple(x.shape)}, needs at least one column")
+    if columns is not None and x.shape[-1] != columns:
+        raise ContractError(f"{op}: x has k={x.shape[-1]}, needs {columns}")
+    return module
+
+
+def _module(x: Any) -> Any:
     name = type(x).__module__.split(".")[0]
     if name == "torch":
         from . import torch_ops
@@ -80,9 +103,10 @@ def _framework(x: Any) -> Any:
         from . import mlx_ops
 
         return mlx_ops
-    if not isinstance(x, np.ndarray):
-        raise ContractError(f"x is {type(x).__name__}, needs a numpy, torch or MLX array")
-    return None
+    return None if isinstance(x, np.ndarray) else NotImplemented
+
+
+_BLOCKS = frozenset(1 << i for i in range(15))
 
 
 def rotated_columns(columns: int, block: int | None) -> int:
@@ -111,9 +135,11 @@ def hadamard(
 
     Sources: turboquant-vllm (block 128, both signs), jang (powers of two, pre only).
     """
+    if block is not None and block not in _BLOCKS:
+        raise ContractError(f"hadamard: block is {block}, needs a power of two up to 16384 or None")
     if inverse:
         pre, post = post, pre
-    if module := _framework(x):
+    if module := _framework("hadamard", "x", x):
         return module.hadamard(x, block=block, pre=pre, post=post)
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y = np.empty((len(flat), rotated_columns(x.shape[-1], block)), x.dtype)
@@ -133,12 +159,19 @@ def dequantize(weight: Weight | PackedWeight, rows: Any = None, *, dtype: Any = 
         ``[m, in_features]``. Before un-rotation a value is ``scale * table[code] (+ bias)``, each
         operation rounded once to f32, the same bits on every instruction set.
     """
-    in_features = weight.in_features if isinstance(weight, Weight) else weight.columns
-    w = _packed(weight)
+    w = _packed("dequantize", weight)
     if rows is None:
         rows = np.arange(w.experts * w.rows)
-    if not isinstance(rows, np.ndarray | Sequence) and (module := _framework(rows)):
-        return module.dequantize(w, rows, dtype=dtype)[..., :in_features]
+    if isinstance(rows, Sequence):
+        rows = np.array(rows, None if len(rows) else np.int64)
+    if module := _framework("dequantize", "rows", rows):
+        return module.dequantize(w, rows, dtype=dtype)[..., : w.in_features]
+    if rows.dtype.kind not in "iu":
+        raise ContractError(f"dequantize: rows is {rows.dtype}, needs integers")
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        raise ContractError(f"dequantize: dtype is {dtype}, needs float32 or float16") from None
     index = np.ascontiguousarray(rows, np.int64)
     y = np.empty((*index.shape, w.columns), dtype)
     flat = y.reshape(-1, w.columns)
@@ -146,7 +179,7 @@ def dequantize(weight: Weight | PackedWeight, rows: Any = None, *, dtype: Any = 
     if w.rotation is not None:
         r = w.rotation
         y = hadamard(y, block=r.block, pre=r.pre, post=r.post, inverse=True)
-    return y[..., :in_features]
+    return y[..., : w.in_features]
 
 
 def qmatmul(x: Any, weight: Weight | PackedWeight, *, expert: Any = None) -> Any:
@@ -161,8 +194,8 @@ def qmatmul(x: Any, weight: Weight | PackedWeight, *, expert: Any = None) -> Any
         ``[..., n]``, or ``[..., a, n]`` with ``expert``; x's dtype. A row of the result never
         depends on the other rows, the number of threads or the batch.
     """
-    w = _packed(weight)
-    if module := _framework(x):
+    w = _packed("qmatmul", weight)
+    if module := _framework("qmatmul", "x", x, w.columns):
         return module.qmatmul(x, w, expert=expert)
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     shape = (len(flat), w.rows)
@@ -194,15 +227,33 @@ class MoeWeights:
 
     @classmethod
     def of(cls, **weights: Weight) -> MoeWeights:
-        """Pack the six weights, given by their names, together."""
-        packed = pack(*(weights[name] for name in cls.__dataclass_fields__))
-        moe = cls(*packed)
+        """Pack the six weights, given by their names, together.
+
+        Raises:
+            ContractError: a name is missing or unknown, widths do not fit, or weights of one input
+                have different rotations.
+        """
+        names = tuple(cls.__dataclass_fields__)
+        if weights.keys() != set(names):
+            raise ContractError(f"MoeWeights.of: has {sorted(weights)}, needs {sorted(names)}")
+        moe = cls(*pack(*(weights[name] for name in names)))
+        inner = {"down": moe.gate_up.rows // 2, "shared_down": moe.shared_gate_up.rows // 2}
+        for name, w in zip(names, moe.roles, strict=True):
+            needs = inner.get(name, moe.hidden_size)
+            needs = rotated_columns(needs, w.rotation.block) if w.rotation else needs
+            if w.columns != needs:
+                raise ContractError(f"MoeWeights.of: {name} has k={w.columns}, needs {needs}")
         moe.hidden, moe.inner  # noqa: B018  both raise where rotations differ
         return moe
 
     @property
     def roles(self) -> tuple[PackedWeight, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    @property
+    def hidden_size(self) -> int:
+        """Columns of x: the down projections' rows."""
+        return self.down.rows
 
     @property
     def hidden(self) -> Rotation | None:
@@ -244,7 +295,7 @@ def moe_decode(x: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True) -
     Returns:
         y ``[..., hidden]`` of x's dtype.
     """
-    if module := _framework(x):
+    if module := _framework("moe_decode", "x", x, moe.hidden_size):
         return module.moe_decode(x, moe, top_k=top_k, normalize=normalize)
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y = np.empty_like(flat)
@@ -286,7 +337,10 @@ def gated_delta(
 
     Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; transformers' qwen3_5_moe.
     """
-    if module := _framework(proj):
+    module = _framework("gated_delta", "proj", proj)
+    if proj.ndim != 3:
+        raise ContractError(f"gated_delta: proj has {proj.ndim} dimensions, needs 3")
+    if module:
         return module.gated_delta(
             proj, conv_weight, a_log, dt_bias, norm, conv_state, state,
             heads=heads, head_dims=head_dims, eps=eps,

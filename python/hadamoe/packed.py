@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _cpu
 from .errors import ContractError, UnsupportedError
-from .weight import Instance, Rotation, Weight
+from .weight import Instance, Part, Rotation, Weight
 
 PART_FIELDS = 12  # csrc/core/abi.h, hm_part
 
@@ -41,6 +41,7 @@ class PackedWeight:
         columns: columns k of the (padded) matrix.
         experts: E.
         rotation: what the input must go through first, or None.
+        in_features: columns of the matrix before padding.
     """
 
     parts: Any
@@ -48,7 +49,8 @@ class PackedWeight:
     rows: int
     columns: int
     experts: int
-    rotation: Rotation | None = None
+    rotation: Rotation | None
+    in_features: int
 
 
 def _root(array: np.ndarray) -> np.ndarray:
@@ -83,10 +85,38 @@ class _Buffers:
         return number, array.__array_interface__["data"][0] - address
 
 
+#: numpy's dtypes for arrays that hold numbers of a storage dtype
+_STORED = {
+    name: tuple(map(np.dtype, codes))
+    for name, codes in {"f32": ["f4"], "f16": ["u2", "f2"], "bf16": ["u2"], "e8m0": ["u1"]}.items()
+}
+
+
+def _check(part: Part, columns: int) -> None:
+    """What the kernels cannot see: they know an array's bytes, not its dtype or shape."""
+    table, bits, scale = part.instance
+    if part.codes.ndim != 2 or len(part.codes) != part.rows:
+        raise ContractError(f"pack: codes has shape {part.codes.shape}, needs {part.rows} rows")
+    scaled, groups = table not in ("plain", "e2m1_gguf"), -(-columns // max(part.group, 1))
+    for name, array, wanted, shape, store in (
+        ("scale", part.scale, scaled, (part.rows, groups), scale),
+        ("bias", part.bias, table == "linear", (part.rows, groups), scale),
+        ("codebook", part.codebook, table == "codebook", (1 << bits,), "f32"),
+    ):
+        if array is None and (name == "bias" or not wanted):
+            continue
+        fits = array is not None and array.dtype in _STORED[store] and array.shape == shape
+        if not (wanted and fits):
+            has = "none" if array is None else f"{array.dtype} {list(array.shape)}"
+            needs = f"{' or '.join(map(str, _STORED[store]))} {list(shape)}" if wanted else "none"
+            raise ContractError(f"pack: {name} of {part.instance} is {has}, needs {needs}")
+
+
 def pack(*weights: Weight) -> tuple[PackedWeight, ...] | PackedWeight:
     """Weights in the form ops take; several share one list of buffers. Nothing is copied.
 
     Raises:
+        ContractError: an array is not what the part's instance needs.
         UnsupportedError: an instance this build has no code for, naming those it has.
     """
     buffers = _Buffers()
@@ -100,8 +130,9 @@ def pack(*weights: Weight) -> tuple[PackedWeight, ...] | PackedWeight:
                 if part.instance not in number:
                     have = " ".join(map(str, number))
                     raise UnsupportedError(
-                        f"qmatmul: cpu has no instance {part.instance}; it has {have}"
+                        f"pack: cpu has no instance {part.instance}; it has {have}"
                     )
+                _check(part, w.columns)
                 table[e, p] = (
                     part.rows,
                     number[part.instance],
@@ -115,6 +146,7 @@ def pack(*weights: Weight) -> tuple[PackedWeight, ...] | PackedWeight:
         tables.append((w, table))
     shared = tuple(buffers.arrays)
     packed = tuple(
-        PackedWeight(table, shared, w.rows, w.columns, w.experts, w.rotation) for w, table in tables
+        PackedWeight(table, shared, w.rows, w.columns, w.experts, w.rotation, w.in_features)
+        for w, table in tables
     )
     return packed[0] if len(packed) == 1 else packed

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from . import _cpu
+from .errors import ContractError
 
 Tensor = torch.Tensor
 
@@ -189,6 +190,8 @@ def hadamard(x: Tensor, *, block: int | None = None, pre: Any = None, post: Any 
 
 def dequantize(weight: Any, rows: Tensor, *, dtype: Any = torch.float32) -> Tensor:
     """`hadamoe.ops.dequantize` with torch rows: ``[..., columns]``, padding still there."""
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise ContractError(f"dequantize: rows is {rows.dtype}, needs integers")
     parts, buffers = _stored(weight)
     y = operators.dequantize(parts, rows.long(), buffers, weight.columns, _dtype(dtype))
     r = weight.rotation
@@ -197,6 +200,9 @@ def dequantize(weight: Any, rows: Tensor, *, dtype: Any = torch.float32) -> Tens
 
 def qmatmul(x: Tensor, weight: Any, *, expert: Tensor | None = None) -> Tensor:
     """`hadamoe.ops.qmatmul` on torch tensors."""
+    if expert is not None and expert.shape[:-1] != x.shape[:-1]:
+        shapes = tuple(expert.shape), tuple(x.shape)
+        raise ContractError("qmatmul: expert has shape {}, x has {}".format(*shapes))
     parts, buffers = _stored(weight)
     return operators.qmatmul(x, parts, expert, buffers, weight.rows, x.dtype)
 

@@ -52,7 +52,7 @@ class Part:
         codes: u8 ``[rows, row_bytes]``, each row one little-endian bit stream, LSB first.
         scale: ``[rows, columns / group]`` in storage dtype (f32; f16 and bf16 bits as u16; E8M0 as
             u8); None for ``plain``.
-        bias: like scale, in the scale's dtype; only for ``linear``.
+        bias: like scale, in the scale's dtype; only for ``linear``, None for zeros.
         codebook: f32 ``[2**bits]``, only for ``codebook``.
     """
 
@@ -151,12 +151,18 @@ class Weight:
         lead = codes.shape[:-1]
         if len(lead) not in (1, 2):
             raise ContractError(f"Weight.of: codes has {codes.ndim} dimensions, needs 2 or 3")
+        if columns < 1 or not codes.size:
+            raise ContractError(
+                f"Weight.of: columns={columns} and codes of shape {codes.shape}, need at least 1"
+            )
+        if not codes.flags.c_contiguous:
+            raise ContractError("Weight.of: codes is not contiguous, needs row-major memory")
         flat = codes.reshape(-1, codes.shape[-1])
         if flat.dtype != np.uint8:
             flat = flat.view(np.uint8)
         count = len(flat)
         for name, a in (("scale", scale), ("bias", bias)):
-            if a is not None and (count == 0 or a.size % count or a.shape[: len(lead)] != lead):
+            if a is not None and (not a.size or a.size % count or a.shape[: len(lead)] != lead):
                 raise ContractError(
                     f"Weight.of: {name} has shape {a.shape}, needs {lead} and groups"
                 )

@@ -275,7 +275,7 @@ DIMS = " [a=3 k=256 t=2]"
 )  # fmt: skip
 def test_rejects(rng, changes, message):
     moe = random_moe(rng, "affine") | {k: v for k, v in changes.items() if k in ROLES}
-    packed = MoeWeights.of(**moe)
+    packed = MoeWeights(*ops.pack(*(moe[role] for role in MoeWeights.__dataclass_fields__)))
     arrays, tables, ints = packed.arguments(changes.get("top_k", 3), True)
     arrays[0] = changes.get("pre")
     ints[2:] = (
