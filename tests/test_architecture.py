@@ -31,7 +31,7 @@ FRAMEWORKS = {"torch": "torch_", "transformers": "torch_", "mlx": "mlx_"}
 # Lowest layer first. A module imports from lower rows (or its own row, where marked with itself).
 LAYERS = [
     {"errors"},
-    {"weight", "constants"},
+    {"weight", "constants", "strict_json"},
     {"checkpoint"},
     {"formats"},
     {"_cpu", "reference"},

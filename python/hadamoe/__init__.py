@@ -60,10 +60,17 @@ def load(
     Raises:
         FormatError: the directory is not what its format promises.
         UnsupportedError: it needs an instance, framework or device this build lacks.
+        ModuleNotFoundError: the packages of ``hadamoe[torch]`` are not installed.
     """
     if framework != "torch":
         raise UnsupportedError(f"load: framework is {framework!r}, needs 'torch'")
-    from . import torch_model
+    try:
+        from . import torch_model
+    except ModuleNotFoundError as e:
+        if e.name not in ("torch", "transformers"):
+            raise
+        message = f"load: needs {e.name}; install it with: pip install 'hadamoe[torch]'"
+        raise ModuleNotFoundError(message, name=e.name) from None
 
     return torch_model.load(directory, dtype=dtype, device=device, **options)
 

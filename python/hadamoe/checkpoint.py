@@ -7,7 +7,6 @@ Nothing but headers is read at opening, so 85,000 tensors in 30 GB open in about
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import FormatError
+from .strict_json import parse_json, read_json
 
 #: safetensors dtype -> numpy dtype of the view. bf16 has no numpy dtype: its bits come as u16; fp8
 #: as u8.
@@ -39,7 +39,6 @@ INDEX = "model.safetensors.index.json"
 SIDECARS = frozenset({"jangtq_runtime.safetensors"})
 
 _MAX_DIMS = 8
-_JSON_LIMIT = 512_000_000
 _PART_OF = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors$")
 # Private mappings are writable views that never reach the file; without NORESERVE the kernel would
 # set aside swap for all of them.
@@ -78,6 +77,9 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():  # a pipe would never end, a link may lead nowhere
+            found = "something else" if path.exists() else "none"
+            raise FormatError(path, expected="a file", found=found)
         with open(path, "rb") as f:
             size = f.seek(0, 2)
             if size < 8:
@@ -108,7 +110,7 @@ class Shard:
             raise FormatError(
                 path, expected="a header that starts with '{'", found=repr(bytes(header[:8]))
             )
-        entries = _strict_json(header, path, "a JSON header")
+        entries = parse_json(header, path, "a JSON header")
         self.metadata = _metadata(entries.pop("__metadata__", None), path)
         self.entries = _entries(entries, path, 8 + length, size)
 
@@ -233,51 +235,6 @@ class Checkpoint:
                 raise FormatError(file, name, expected=f"an entry in {INDEX}", found="none")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, read strictly (no repeated keys, no NaN); None where there is no file."""
-    try:
-        with open(path, "rb") as f:
-            text = f.read(_JSON_LIMIT + 1)
-    except FileNotFoundError:
-        return None
-    if len(text) > _JSON_LIMIT:
-        raise FormatError(path, expected=f"at most {_JSON_LIMIT} bytes", found="more")
-    return _strict_json(text, path, "a JSON object")
-
-
-class _Repeated(ValueError):
-    pass
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _Repeated(key)
-            seen.add(key)
-    return out
-
-
-def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _strict_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
-    except _Repeated as e:
-        raise FormatError(path, e.args[0], expected="each key once", found="it twice") from None
-    except RecursionError:
-        raise FormatError(path, expected=what, found="nesting too deep") from None
-    except ValueError as e:
-        raise FormatError(path, expected=what, found=str(e)) from None
-    if type(value) is not dict:
-        raise FormatError(path, expected=what, found=f"a {type(value).__name__}")
-    return value
-
-
 def _metadata(value: Any, path: Path) -> dict[str, str]:
     if value is None:
         return {}
@@ -394,7 +351,10 @@ def _complete_series(root: Path, present: list[str]) -> None:
             series.setdefault((m[1], m[3]), set()).add(int(m[2]))
     for (stem, count), have in series.items():
         width, total = len(count), int(count)
-        if len(have) != total:
-            lost = next((i for i in range(1, total + 1) if i not in have), total)
+        lost = next((i for i in range(1, total + 1) if i not in have), None)
+        if lost is not None:
             name = f"{stem}-{lost:0{width}d}-of-{count}.safetensors"
             raise FormatError(root, expected=f"the file {name}", found="no such file")
+        if len(have) > total:
+            name = f"{stem}-{max(have):0{width}d}-of-{count}.safetensors"
+            raise FormatError(root / name, expected=f"a number from 1 to {total}", found="another")

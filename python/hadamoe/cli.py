@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,7 +167,9 @@ def run(
     temperature: Annotated[
         float, typer.Option(help="0: the likeliest token each time.", min=0)
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from this much of the probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from this much of the probability.", min=1e-6, max=1)
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
     ignore_end: Annotated[bool, typer.Option(help="Go on after the end-of-text token.")] = False,
@@ -188,17 +191,17 @@ def run(
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    ids = torch_run.encode(tokenizer, prompt, chat)
     if not chat:
         show(prompt)
     result = torch_run.stream(
         model,
         tokenizer,
-        prompt,
+        ids,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        chat=chat,
         stop=not ignore_end,
         on_text=show,
     )
@@ -211,7 +214,7 @@ def run(
         f"decode     {result.new_tokens} tokens, {rate}",
         f"memory     {torch_run.resident_bytes() / 1e6:,.0f} MB resident (with file pages)",
         f"files      {size / 1e6:,.0f} MB",
-        f"kernels    {ops.isa()}, {ops.threads()} threads",
+        f"kernels    {ops.isa()}, {ops.threads()} thread{'s' * (ops.threads() > 1)}",
     ]
     print("\n" + "\n".join(lines), file=sys.stderr)
 
@@ -314,6 +317,11 @@ def bench(
         _checkpoint(directory)
     from . import bench as measure
 
+    for out in filter(None, (json_file, plot)):  # before minutes of measuring, not after
+        if not out.parent.is_dir():
+            raise ContractError(f"bench: {out.parent} is not a directory, cannot write {out.name}")
+    if plot and find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("no matplotlib", name="matplotlib")
     console = _console()
     counts = sorted({1, ops.threads()})
     bandwidth = {n: measure.read_bandwidth(n) for n in counts}

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, Qwen3_5MoeConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen3_5MoeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
 
 from . import formats, ops
-from .errors import ContractError, UnsupportedError
+from .errors import ContractError, FormatError, UnsupportedError
 from .formats import ModelFiles
 from .torch_layers import Attention, GatedDeltaNet, QEmbedding, QLinear, SparseMoeBlock
 from .weight import Instance, Part, Weight, fuse_rows
@@ -72,8 +73,7 @@ def _open(
 ) -> tuple[nn.Module, Any]:
     files = formats.read(path)
     census(files)
-    config = formats.with_rope(files.config, rope) if rope else files.config
-    config = Qwen3_5MoeConfig(**config)
+    config = _config(path, formats.with_rope(files.config, rope) if rope else files.config)
     dtype = _dtype(dtype, config)
     vision = vision and bool(files.vision)
     with torch.device("meta"):
@@ -87,7 +87,42 @@ def _open(
     head = files.weights["lm_head"]
     model.lm_head = QLinear(head, dtype=torch.float32)
     _finish(model, path, dtype)
-    return model, AutoTokenizer.from_pretrained(path) if files.tokenizer else None
+    return model, _tokenizer(path) if files.tokenizer else None
+
+
+def _config(path: Path, values: dict[str, Any]) -> Qwen3_5MoeConfig:
+    rope = values["text_config"]["rope_parameters"]
+    kinds = ("default", *ROPE_INIT_FUNCTIONS)
+    if rope["rope_type"] not in kinds:
+        found = repr(rope["rope_type"])
+        raise FormatError(
+            path / "config.json", "rope_type", expected=" or ".join(kinds), found=found
+        )
+    with _theirs(path / "config.json", "a config that transformers accepts"):
+        return Qwen3_5MoeConfig(**values)
+
+
+def _tokenizer(path: Path) -> Any:
+    with _theirs(path, "a tokenizer that transformers reads"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _theirs(path: Path, expected: str) -> Iterator[None]:
+    """Whatever transformers raises over a file, as a FormatError; it names no file itself."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as e:
+        found = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise FormatError(path, expected=expected, found=found) from e
+
+
+_FETCHING = (
+    "trust_remote_code", "local_files_only", "low_cpu_mem_usage", "use_safetensors", "revision",
+    "code_revision", "token", "cache_dir", "force_download", "_from_pipeline", "_commit_hash",
+)  # fmt: skip
 
 
 def from_pretrained(
@@ -98,10 +133,14 @@ def from_pretrained(
     attention = options.pop("attn_implementation", None)
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
     device = options.pop("device_map", None)
-    if device in (None, "auto") or device == {"": "cpu"}:
-        device = "cpu"
+    if isinstance(device, dict) and len(device) == 1:
+        device = next(iter(device.values()))
+    device = "cpu" if device in (None, "auto") else device
+    config = options.pop("config", None)
+    if config is not None and config.to_dict() != AutoConfig.from_pretrained(path).to_dict():
+        raise UnsupportedError("from_pretrained: config differs from the checkpoint's own")
     # Where and how to fetch: nothing to do for a directory that is read in place.
-    for name in ("trust_remote_code", "local_files_only", "low_cpu_mem_usage", "use_safetensors"):
+    for name in _FETCHING:
         options.pop(name, None)
     if args or options:
         names = ", ".join([*map(repr, args), *options])
@@ -116,7 +155,7 @@ def check_device(device: str | torch.device) -> None:
     """Raises unless load() has code for this device."""
     try:
         kind = torch.device(device).type
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ContractError(f"load: device={device!r}, needs 'cpu'") from None
     if kind != "cpu":
         raise UnsupportedError(

@@ -76,12 +76,15 @@ def _is_ours(directory: Any) -> bool:
 
 
 def _ours(theirs: Any, name: str) -> Any:
-    def from_pretrained(cls: Any, directory: Any, *args: Any, **options: Any) -> Any:
-        if not _is_ours(directory):
-            return theirs(cls, directory, *args, **options)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, *args: Any, **options: Any
+    ) -> Any:
+        path = pretrained_model_name_or_path  # callers may name it
+        if not _is_ours(path):
+            return theirs(cls, path, *args, **options)
         from . import torch_model
 
-        return torch_model.from_pretrained(directory, name != _CLASSES[0], *args, **options)
+        return torch_model.from_pretrained(path, name != _CLASSES[0], *args, **options)
 
     from_pretrained.hadamoe = True  # type: ignore[attr-defined]
     from_pretrained.__doc__ = theirs.__doc__

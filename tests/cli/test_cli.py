@@ -49,6 +49,10 @@ def test_inspect_json_is_only_json():
         (("bench", "nowhere"), "hadamoe: nowhere is not a directory\n"),
         (("verify", "nowhere"), "hadamoe: nowhere is not a directory\n"),
         (
+            ("bench", "--plot", "nowhere/b.png"),
+            "hadamoe: bench: nowhere is not a directory, cannot write b.png\n",
+        ),
+        (
             ("synth", "gguf", "out"),
             "hadamoe: synth: format='gguf', needs one of "
             "config-i, tq-apex2, jangtq2, mxfp4, w4a16\n",
@@ -77,6 +81,8 @@ def test_format_error_is_one_line(tmp_path):
 def test_wrong_usage_exits_with_2():
     assert call("synth", "mxfp4").exit_code == 2
     assert call("run", ".", "-p", "x", "--max-tokens", "0").exit_code == 2
+    assert call("run", ".", "-p", "x", "--top-p", "2").exit_code == 2
+    assert call("verify", "--threads", "100000").exit_code == 2
 
 
 def test_synth_writes_and_refuses_to_overwrite(tmp_path):

@@ -40,6 +40,7 @@ def test_run_samples_the_same_with_the_same_seed():
 def test_run_without_tokenizer():
     result = call("run", checkpoint("w4a16_tiny"), "-p", "x")
     assert result.exit_code == 1
+    assert result.stdout == ""
     assert result.stderr == (
         "hadamoe: run: the checkpoint has no tokenizer, cannot read a text prompt\n"
     )

@@ -244,6 +244,26 @@ DIRECTORY_ATTACKS = {
         ),
         f"/{SECOND}: a: expected one tensor of this name, found another in {FIRST}",
     ),
+    "numbered past the last": (
+        lambda d: ((d / INDEX).unlink(), (d / SECOND).rename(d / FIRST.replace("1-of", "3-of"))),
+        f": expected the file {SECOND}, found no such file",
+    ),
+    "one more than there are": (
+        lambda d: ((d / INDEX).unlink(), (d / FIRST.replace("1-of", "3-of")).touch()),
+        f"/{FIRST.replace('1-of', '3-of')}: expected a number from 1 to 2, found another",
+    ),
+    "a pipe for a shard": (
+        lambda d: ((d / SECOND).unlink(), os.mkfifo(d / SECOND)),
+        f"/{SECOND}: expected a file, found something else",
+    ),
+    "a link that leads nowhere": (
+        lambda d: ((d / SECOND).unlink(), (d / SECOND).symlink_to(d / "gone")),
+        f"/{SECOND}: expected a file, found none",
+    ),
+    "index nested without end": (
+        lambda d: (d / INDEX).write_text('{"a":' * 900 + "1" + "}" * 900),
+        f"/{INDEX}: expected at most 32 levels of nesting, found more",
+    ),
     "no weights": (
         lambda d: [(d / f).unlink() for f in (FIRST, SECOND)],
         ": expected *.safetensors files, found none",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import hadamoe  # noqa: E402
-from hadamoe import ContractError, Instance, UnsupportedError, ops, synth  # noqa: E402
+from hadamoe import (  # noqa: E402
+    ContractError,
+    FormatError,
+    Instance,
+    UnsupportedError,
+    ops,
+    synth,
+)
 
 FIVE = ("configi_tiny", "jangtq_tiny", "mxfp4_node_tiny", "tqvllm_tiny", "w4a16_tiny")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
@@ -145,6 +154,7 @@ def test_missing_instances_are_listed_in_one_error(checkpoint, monkeypatch):
     ("options", "kind", "text"),
     [
         ({"device": "cuda"}, UnsupportedError, "load: device='cuda' has no kernels in this build"),
+        ({"device": None}, ContractError, "load: device=None, needs 'cpu'"),
         ({"device": "toaster"}, ContractError, "load: device='toaster', needs 'cpu'"),
         ({"framework": "mlx"}, UnsupportedError, "load: framework is 'mlx', needs 'torch'"),
         ({"framework": "jax"}, UnsupportedError, "load: framework is 'jax', needs 'torch'"),
@@ -175,6 +185,59 @@ def test_auto_class_takes_the_card_s_rope_override_and_an_attention_kind(checkpo
     )
     assert model.model.rotary_emb.rope_type == "yarn"
     assert model.config._attn_implementation == "eager"
+
+
+def test_auto_class_with_the_checkpoint_s_own_config_and_path_by_name(checkpoint):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = checkpoint("stdlib_mxfp4")
+    config = AutoConfig.from_pretrained(path)
+    call = AutoModelForCausalLM.from_pretrained
+    model = call(pretrained_model_name_or_path=path, config=config, device_map={"": "cpu"})
+    assert type(model.lm_head).__module__ == "hadamoe.torch_layers"
+    config.get_text_config().rms_norm_eps = 1.0
+    with pytest.raises(UnsupportedError, match="config differs from the checkpoint's own"):
+        call(path, config=config)
+
+
+def test_pipeline(checkpoint):
+    from transformers import pipeline
+
+    generate = pipeline("text-generation", model=str(checkpoint("stdlib_mxfp4")))
+    (found,) = generate("def f(", max_new_tokens=4)
+    assert found["generated_text"] == "def f(self"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e7}},
+         "/config.json: rope_type: expected default or linear or"),
+        ("config.json", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}},
+         "/config.json: expected a config that transformers accepts, found KeyError"),
+        ("config.json", {"rope_parameters": {"factor": "x", "rope_theta": 1e7}},
+         "/config.json: factor: expected a number above 0, found 'x'"),
+        ("config.json", {"eos_token_id": "x"},
+         "/config.json: expected a config that transformers accepts, found Strict"),
+        ("tokenizer.json", {"model": 3}, ": expected a tokenizer that transformers reads, found "),
+    ],
+)  # fmt: skip
+def test_files_transformers_cannot_use(checkpoint, tmp_path, file, change, message):
+    path = shutil.copytree(checkpoint("stdlib_mxfp4"), tmp_path / "m")
+    whole = json.loads((path / file).read_text())
+    whole.get("text_config", whole).update(change)
+    (path / file).write_text(json.dumps(whole))
+    with pytest.raises(FormatError) as error:
+        hadamoe.load(path)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+def test_without_torch_load_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; import hadamoe; hadamoe.load('.')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stderr.endswith(
+        "ModuleNotFoundError: load: needs torch; install it with: pip install 'hadamoe[torch]'\n"
+    )
 
 
 def test_saving_is_refused(load, tmp_path):

@@ -221,6 +221,8 @@ def _check_rope(rope: dict[str, Any], path: Path) -> None:
     if type(rope["rope_type"]) is not str:
         raise _wrong(path, "rope_type", "a string", rope["rope_type"])
     theta, share = _number(rope, "rope_theta", path), _number(rope, "partial_rotary_factor", path)
+    if rope.get("factor") is not None:
+        _number(rope, "factor", path)
     if not share <= 1:
         raise _wrong(path, "partial_rotary_factor", "at most 1", share)
     if not theta > 1:
