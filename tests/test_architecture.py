@@ -30,7 +30,7 @@ FRAMEWORKS = {"torch": "torch_", "transformers": "torch_", "mlx": "mlx_"}
 
 # Lowest layer first. A module imports from lower rows (or its own row, where marked with itself).
 LAYERS = [
-    {"errors"},
+    {"errors", "bf16"},
     {"weight", "constants", "strict_json"},
     {"checkpoint"},
     {"formats"},

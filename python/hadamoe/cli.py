@@ -37,11 +37,16 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except _ERRORS as e:
-            _fail(" ".join(str(e).split()))
+            _fail(_printable(str(e)))
         except ModuleNotFoundError as e:
             if e.name not in _EXTRA:
                 raise
             _fail(f"this needs {e.name}; install it with: pip install 'hadamoe[{_EXTRA[e.name]}]'")
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: names from a file must not drive the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _fail(message: str) -> None:
@@ -116,7 +121,7 @@ def inspect_command(
     console = _console()
     console.print(f"{found.path}: {found.format}")
     for line in found.evidence:
-        console.print(f"  because {line}")
+        console.print(f"  because {_printable(line)}")
     console.print(
         f"  {found.layers} layers, {found.experts} experts ({found.top_k} a token), "
         f"hidden {found.hidden}; {found.tensors:,} tensors, {_amount(found.file_bytes)}B"
@@ -152,7 +157,7 @@ def inspect_command(
         console.print(f"KV cache scales: {found.kv_scales} usable{bad}")
     console.print(f"tokenizer: {'yes' if found.tokenizer else 'none'}")
     for note in found.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {_printable(note)}")
     have = [str(i) for i in found.instances if i not in missing]
     console.print(f"kernels here ({ops.isa()}): {' '.join(have)}")
     if missing:

@@ -78,6 +78,14 @@ def test_format_error_is_one_line(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_names_in_files_do_not_drive_the_terminal(tmp_path):
+    header = b'{"\\u001b[2Ja\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    whole = len(header).to_bytes(8, "little") + header + b"abc"
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    result = call("inspect", tmp_path)
+    assert "?[2Ja?: expected a span inside 3 bytes" in result.stderr
+
+
 def test_wrong_usage_exits_with_2():
     assert call("synth", "mxfp4").exit_code == 2
     assert call("run", ".", "-p", "x", "--max-tokens", "0").exit_code == 2

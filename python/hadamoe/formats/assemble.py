@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bf16 import from_bf16
 from ..checkpoint import Checkpoint
 from ..errors import ContractError, FormatError, UnsupportedError
 from ..weight import Instance, Weight, fuse_rows, stack_experts
@@ -41,7 +42,7 @@ class Stored(NamedTuple):
     def f32(self) -> np.ndarray:
         """A copy in f32."""
         if self.dtype == "bf16":
-            return (self.array.astype(np.uint32) << 16).view(np.float32)
+            return from_bf16(self.array)
         return self.array.astype(np.float32)
 
 

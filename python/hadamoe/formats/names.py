@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 
+from ..bf16 import from_bf16
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import FormatError
 
@@ -118,7 +119,7 @@ def wrong(t: Tensor, expected: str, found: str) -> FormatError:
 def as_f32(t: Tensor) -> np.ndarray:
     """A plain tensor's numbers as a new f32 array."""
     if t.dtype == "BF16":
-        return (t.array.astype(np.uint32) << 16).view(np.float32)
+        return from_bf16(t.array)
     return t.array.astype(np.float32)
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..bf16 import to_bf16
+
 CODE_BLOCK = 16_777_213  # bytes, prime
 VALUE_BLOCK = 1_048_573  # values, prime
 
@@ -50,12 +52,6 @@ class Tensor:
         for d in self.shape:
             n *= d
         return n
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """bf16 bits (u16) of finite f32 values, rounded to nearest even."""
-    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 class Source:

@@ -7,20 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from .. import reference
+from ..bf16 import from_bf16, to_bf16
 from ..weight import Instance, Part, Weight
 
 # ---- storage dtypes (bf16 travels as u16 bits) ----
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """f32 -> bf16 bits (u16), round to nearest even."""
-    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(x: np.ndarray) -> np.ndarray:
-    """bf16 bits (u16) -> f32."""
-    return (np.ascontiguousarray(x).astype(np.uint32) << 16).view(np.float32)
 
 
 def to_storage(x: np.ndarray, dtype: str) -> np.ndarray:
