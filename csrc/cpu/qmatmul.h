@@ -8,7 +8,7 @@
 // This file: plain bf16, f16 and f32 rows on every ISA, and codes as f32 lanes where there is no byte dot
 // product:
 //
-//   64 codes of the bit stream -> u8[64] (shifts in 64-bit words) -> f32 by table -> fused multiply-add
+//   8 codes of the bit stream -> one word shifted into lanes -> f32, by table or as they are -> multiply-add
 //
 // AVX-512 computes codes in integers instead: qmatmul_avx512.h. The order of additions over a row depends
 // only on the column, never on how many tokens or rows share a call.
@@ -81,27 +81,6 @@ void plain_rows(const QmatmulTask& task, int64_t begin, int64_t end) {
 #if !HM_ISA_AVX512
 // ---- codes to f32 lanes
 
-// 64 codes of kBits bits to bytes. Eight codes fill the low bits of a 64-bit word; each step moves the upper
-// half of every field to the upper half of twice the space: 8 codes of b bits -> 2 x 4 -> 4 x 2 -> 8 bytes.
-template <int kBits>
-inline void unpack64(const uint8_t* p, uint8_t* out) {
-  constexpr uint64_t one = (uint64_t(1) << kBits) - 1, two = (uint64_t(1) << 2 * kBits) - 1,
-                     four = (uint64_t(1) << 4 * kBits) - 1;
-  constexpr uint64_t twos = two | two << 32, ones = (one | one << 16) | (one | one << 16) << 32;
-  uint64_t w[8];
-  for (int i = 0; i < 8; ++i) memcpy(&w[i], p + i * kBits, 8);
-  for (int i = 0; i < 8; ++i) {
-    uint64_t v = w[i];
-    if (kBits < 8) {
-      v = (v & four) | (v >> (4 * kBits) & four) << 32;
-      v = (v & twos) | (v >> (2 * kBits) & twos) << 16;
-      v = (v & ones) | (v >> kBits & ones) << 8;
-    }
-    w[i] = v;
-  }
-  memcpy(out, w, 64);
-}
-
 // Two GGUF blocks: a scale byte, then byte j holds code j below and code j + 16 above.
 inline void unpack_gguf(const uint8_t* p, uint8_t* out) {
   for (int b = 0; b < 2; ++b)
@@ -111,130 +90,138 @@ inline void unpack_gguf(const uint8_t* p, uint8_t* out) {
     }
 }
 
-struct Unpack {
-  void (*unpack)(const uint8_t*, uint8_t*);
-  bool looks_up;
-  float table[16];
+// Where the values of codes come from.
+struct Values {
+  float table[16];  // repeated after 2^bits entries
   float offset;
-  int64_t stride;  // bytes of 64 codes
 };
 
-inline Unpack plan_unpack(const QmatmulTask& task) {
-  Unpack u{};
-  switch (task.bits) {
-    case 2:
-      u.unpack = unpack64<2>;
-      break;
-    case 3:
-      u.unpack = unpack64<3>;
-      break;
-    case 4:
-      u.unpack = unpack64<4>;
-      break;
-    case 5:
-      u.unpack = unpack64<5>;
-      break;
-    case 6:
-      u.unpack = unpack64<6>;
-      break;
-    default:
-      u.unpack = unpack64<8>;
+inline Values plan_values(const QmatmulTask& task) {
+  Values v{};
+  float entry[16];
+  for (int i = 0; i < 16; ++i) entry[i] = 0.5f * float(e2m1_doubled[i]);
+  if (task.table == hm_codebook) memcpy(entry, task.codebook, size_t(4) << task.bits);
+  if (task.bits <= 4)
+    for (int i = 0; i < 16; ++i) v.table[i] = entry[i & ((1 << task.bits) - 1)];
+  if (task.table == hm_linear_signed) v.offset = -float(1 << (task.bits - 1));
+  return v;
+}
+
+constexpr int kGguf = 0;  // in the place of bits
+
+// Eight weights before their scale: codes first.. of the 64 at p.
+template <int kBits, bool kLooksUp>
+inline void weights8(const Values& values, const uint8_t* p, int first, Vec* w) {
+  if constexpr (kBits == kGguf) {
+    for (int i = 0; i < 8 / kLanes; ++i) w[i] = lookup16(values.table, p + first + i * kLanes);
+  } else if constexpr (kLooksUp) {
+    table8<kBits>(values.table, p + first / 8 * kBits, w);
+  } else {
+    codes8<kBits>(p + first / 8 * kBits, w);
+    for (int i = 0; i < 8 / kLanes; ++i) w[i] = add(w[i], splat(values.offset));
   }
-  u.stride = 8 * task.bits;
-  if (task.table == hm_e2m1_gguf) u.unpack = unpack_gguf, u.stride = 34;
-  u.looks_up = task.table == hm_codebook || task.table == hm_e2m1 || task.table == hm_e2m1_gguf;
-  if (task.table == hm_codebook)
-    memcpy(u.table, task.codebook, size_t(4) << task.bits);
-  else
-    for (int i = 0; i < 16; ++i) u.table[i] = 0.5f * float(e2m1_doubled[i]);
-  if (task.table == hm_linear_signed) u.offset = -float(1 << (task.bits - 1));
-  return u;
 }
 
 inline float load_scale(const uint8_t* row, int64_t g, int type) {
   return type == hm_e8m0 ? e8m0_to_f32(row[g]) : load1(row, g, Dtype(type));
 }
 
-// Adds scale * (products of one group) to a token's lanes, and bias * (sum of its x) to its shift.
-template <int kCount>
-struct Lanes {
-  Vec group[kCount][2], row[kCount];
-  float shift[kCount], x[kCount];
-};
-
-template <int kCount>
-inline void end_group(Lanes<kCount>& v, float scale, float bias) {
+// The sum of 32 products, codes first .. first + 31 of the 64 at p times the x of each token.
+template <int kCount, int kBits, bool kLooksUp>
+inline void dot32(const Values& values, const uint8_t* p, int first, const float* const* x, Vec* sums) {
+  constexpr int kVecs = 32 / kLanes;
+  Vec w[kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) weights8<kBits, kLooksUp>(values, p, first + 8 * j, w + 8 * j / kLanes);
+#pragma GCC unroll 4
   for (int t = 0; t < kCount; ++t) {
-    v.row[t] = fma(add(v.group[t][0], v.group[t][1]), splat(scale), v.row[t]);
-    v.group[t][0] = v.group[t][1] = zero();
-    v.shift[t] = v.shift[t] + bias * v.x[t];
-    v.x[t] = 0;
+    Vec even = mul(w[0], load(x[t])), odd = mul(w[1], load(x[t] + kLanes));
+#pragma GCC unroll 4
+    for (int i = 2; i < kVecs; i += 2) {
+      even = fma(w[i], load(x[t] + i * kLanes), even);
+      odd = fma(w[i + 1], load(x[t] + (i + 1) * kLanes), odd);
+    }
+    sums[t] = add(even, odd);
   }
 }
 
-// 32 codes, already bytes, at column k.
-template <int kCount, bool kLooksUp>
-inline void add32(const Unpack& u, const uint8_t* code, const float* const* x, int64_t k, Lanes<kCount>& v) {
-  for (int i = 0; i < 32 / kLanes; ++i) {
-    Vec w =
-        kLooksUp ? lookup16(u.table, code + i * kLanes) : add(from_u8(code + i * kLanes), splat(u.offset));
-    for (int t = 0; t < kCount; ++t)
-      v.group[t][i & 1] = fma(w, load(x[t] + k + i * kLanes), v.group[t][i & 1]);
-  }
-}
-
-template <int kCount, bool kLooksUp>
-void code_tile(const QmatmulTask& task, const Unpack& u, int64_t n, int64_t first) {
-  const float* x[kCount];
-  const float* sums[kCount];
-  Lanes<kCount> v;
+// One row, up to four tokens. Every 32 products are scaled by themselves: a multiply-add more where groups are
+// longer, but sums never leave registers.
+template <int kCount, int kBits, bool kLooksUp>
+void code_tile(const QmatmulTask& task, const Values& values, int64_t n, int64_t first) {
+  const float *x[kCount], *sums[kCount];
+  Vec row[kCount], part[kCount];
+  float shift[kCount];
+#pragma GCC unroll 4
   for (int t = 0; t < kCount; ++t) {
     x[t] = task.tokens[first + t]->x;
     sums[t] = task.tokens[first + t]->sums;
-    v.group[t][0] = v.group[t][1] = v.row[t] = zero();
-    v.shift[t] = v.x[t] = 0;
+    row[t] = zero();
+    shift[t] = 0;
   }
-  const bool gguf = task.table == hm_e2m1_gguf;
   const uint8_t* p = task.codes + n * task.row_bytes;
-  const uint8_t* scale = gguf ? nullptr : task.scale + n * task.scale_stride;
+  const uint8_t* scale = kBits == kGguf ? nullptr : task.scale + n * task.scale_stride;
   const uint8_t* bias = task.bias ? task.bias + n * task.scale_stride : nullptr;
   const int64_t blocks = (task.columns + 31) / 32, per_group = (task.group + 31) / 32;
-  int64_t g = 0, left = per_group;
-  for (int64_t block = 0; block < blocks; block += 2, p += u.stride) {
-    uint8_t code[64], copy[64] = {};
-    const uint8_t* from = p;
-    if (task.codes_end - p < 64) {  // unpacking reads 64 bytes
-      from = copy;
-      if (int64_t size = task.codes_end - p; size > 0) memcpy(copy, p, size_t(size));
+  int64_t g = 0, left = 0;
+  float s = 0, b = 0;
+  uint8_t copy[64] = {}, bytes[64];
+  const uint8_t* from = p;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int half = int(block & 1);
+    if (half == 0) {
+      from = p;
+      if (task.codes_end - p < 64) {  // 64 codes are read as 64 bytes
+        from = copy;
+        if (int64_t size = task.codes_end - p; size > 0) memcpy(copy, p, size_t(size));
+      }
+      if (kBits == kGguf) {
+        unpack_gguf(from, bytes);
+        from = bytes;
+      }
     }
-    u.unpack(from, code);
-    for (int half = 0; half < 2 && block + half < blocks; ++half) {
-      add32<kCount, kLooksUp>(u, code + 32 * half, x, (block + half) * 32, v);
-      for (int t = 0; t < kCount; ++t) v.x[t] += sums[t][block + half];
-      if (--left && block + half + 1 < blocks) continue;
-      float s = gguf ? e8m0_to_f32(p[17 * half]) : load_scale(scale, g, task.scale_type);
-      end_group(v, s, bias ? load_scale(bias, g, task.scale_type) : 0.0f);
+    if (kBits == kGguf) {
+      s = e8m0_to_f32(p[17 * half]);
+    } else if (left-- == 0) {
+      s = load_scale(scale, g, task.scale_type);
+      if (bias) b = load_scale(bias, g, task.scale_type);
       ++g;
-      left = per_group;
+      left = per_group - 1;
     }
+    dot32<kCount, kBits, kLooksUp>(values, from, 32 * half, x, part);
+#pragma GCC unroll 4
+    for (int t = 0; t < kCount; ++t) {
+      row[t] = fma(part[t], splat(s), row[t]);
+      shift[t] += b * sums[t][block];
+      x[t] += 32;
+    }
+    p += half * (kBits == kGguf ? 34 : 8 * kBits);
   }
   for (int t = 0; t < kCount; ++t)
-    store1(task.out[first + t], n, sum(v.row[t]) + v.shift[t], Dtype(task.out_type));
+    store1(task.out[first + t], n, sum(row[t]) + shift[t], Dtype(task.out_type));
 }
 
-template <bool kLooksUp>
+template <int kBits, bool kLooksUp = false>
 void code_rows(const QmatmulTask& task, int64_t begin, int64_t end) {
-  const Unpack u = plan_unpack(task);
+  const Values values = plan_values(task);
   for (int64_t n = begin; n < end; ++n) {
     int64_t t = 0;
-    for (; t + kTokens <= task.token_count; t += kTokens) code_tile<kTokens, kLooksUp>(task, u, n, t);
-    for (; t < task.token_count; ++t) code_tile<1, kLooksUp>(task, u, n, t);
+    for (; t + kTokens <= task.token_count; t += kTokens) code_tile<kTokens, kBits, kLooksUp>(task, values, n, t);
+    for (; t < task.token_count; ++t) code_tile<1, kBits, kLooksUp>(task, values, n, t);
   }
 }
 
 void qmatmul_quantized(const QmatmulTask& task, int64_t begin, int64_t end) {
-  bool looks_up = task.table == hm_codebook || task.table == hm_e2m1 || task.table == hm_e2m1_gguf;
-  looks_up ? code_rows<true>(task, begin, end) : code_rows<false>(task, begin, end);
+  if (task.table == hm_e2m1_gguf) return code_rows<kGguf, true>(task, begin, end);
+  const bool looks_up = task.table == hm_codebook || task.table == hm_e2m1;
+  switch (task.bits) {
+    case 2: return looks_up ? code_rows<2, true>(task, begin, end) : code_rows<2>(task, begin, end);
+    case 3: return looks_up ? code_rows<3, true>(task, begin, end) : code_rows<3>(task, begin, end);
+    case 4: return looks_up ? code_rows<4, true>(task, begin, end) : code_rows<4>(task, begin, end);
+    case 5: return code_rows<5>(task, begin, end);
+    case 6: return code_rows<6>(task, begin, end);
+    default: return code_rows<8>(task, begin, end);
+  }
 }
 #endif
 

@@ -6,6 +6,8 @@
 //   from_u8(p)                        kLanes bytes to f32
 //   load_bf16(p) load_f16(p)          kLanes 16-bit numbers to f32; store_bf16, store_f16 round to even
 //   lookup16(table, codes)            table[code] for kLanes u8 codes < 16, f32[16] table
+//   codes8<bits>(p, v)                8 codes of a bit stream, LSB first, as f32 in v[8 / kLanes]; reads at most
+//   table8<bits>(table, p, v)         12 bytes from p. table8: table[code]; f32[16], repeated after 2^bits
 //   exp_(v)                           Cephes polynomial, <= 2 ulp on [-87, 88], 0 below, inf above
 //
 // Loads and stores never assume alignment. fma() is fused where the ISA fuses; generic rounds twice.

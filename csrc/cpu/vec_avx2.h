@@ -71,5 +71,29 @@ inline Vec lookup16(const float* table, const uint8_t* codes) {
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
 }
 
+// Code i in the low bits of lane i, others above it. Lanes 4 to 7 shift a word of their own: 4 codes fit.
+template <int kBits>
+inline __m256i code_lanes(const uint8_t* p) {
+  if (kBits == 8) return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  constexpr int kSecond = 4 * kBits / 8, r = 4 * kBits % 8, b = kBits;
+  int32_t low, high;
+  memcpy(&low, p, 4);
+  memcpy(&high, p + kSecond, 4);
+  const __m256i words = kBits <= 4 ? _mm256_set1_epi32(low) : _mm256_set_m128i(_mm_set1_epi32(high), _mm_set1_epi32(low));
+  if (kBits <= 4) return _mm256_srlv_epi32(words, _mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b));
+  return _mm256_srlv_epi32(words, _mm256_setr_epi32(0, b, 2 * b, 3 * b, r, r + b, r + 2 * b, r + 3 * b));
+}
+template <int kBits>
+inline void codes8(const uint8_t* p, Vec* v) {
+  *v = _mm256_cvtepi32_ps(_mm256_and_si256(code_lanes<kBits>(p), _mm256_set1_epi32((1 << kBits) - 1)));
+}
+template <int kBits>
+inline void table8(const float* table, const uint8_t* p, Vec* v) {
+  const __m256i c = code_lanes<kBits>(p);
+  *v = _mm256_permutevar8x32_ps(load(table), c);  // takes the low 3 bits
+  if (kBits == 4)
+    *v = _mm256_blendv_ps(*v, _mm256_permutevar8x32_ps(load(table + 8), c), _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+}
+
 }  // namespace
 }  // namespace hm

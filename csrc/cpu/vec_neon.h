@@ -70,5 +70,28 @@ inline Vec lookup16(const float* table, const uint8_t* codes) {
   return load(t);
 }
 
+// Codes 4 * half .. 4 * half + 3.
+template <int kBits>
+inline uint32x4_t code_lanes(const uint8_t* p, int half) {
+  constexpr int b = kBits;
+  const int first = 4 * kBits * half, r = first % 8;
+  uint32_t word;
+  memcpy(&word, p + first / 8, 4);
+  const int32_t shift[4] = {-r, -r - b, -r - 2 * b, -r - 3 * b};
+  return vandq_u32(vshlq_u32(vdupq_n_u32(word), vld1q_s32(shift)), vdupq_n_u32((1u << kBits) - 1));
+}
+template <int kBits>
+inline void codes8(const uint8_t* p, Vec* v) {
+  for (int half = 0; half < 2; ++half) v[half] = vcvtq_f32_u32(code_lanes<kBits>(p, half));
+}
+template <int kBits>
+inline void table8(const float* table, const uint8_t* p, Vec* v) {
+  const uint8x16x4_t bytes = vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table));
+  for (int half = 0; half < 2; ++half) {  // the four bytes of entry c start at 4 c
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), code_lanes<kBits>(p, half), vdupq_n_u32(0x04040404));
+    v[half] = vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(at)));
+  }
+}
+
 }  // namespace
 }  // namespace hm
