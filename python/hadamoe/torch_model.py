@@ -83,11 +83,21 @@ def _open(
             model = hf.Qwen3_5MoeForCausalLM(config.get_text_config())
     if vision:
         _fill_vision(model.model.visual, files, dtype)
+        model.model.register_forward_pre_hook(_forget_positions, with_kwargs=True)
     _fill_text(model.model.language_model if vision else model.model, files, dtype)
     head = files.weights["lm_head"]
     model.lm_head = QLinear(head, dtype=torch.float32)
     _finish(model, path, dtype)
     return model, _tokenizer(path) if files.tokenizer else None
+
+
+def _forget_positions(model: nn.Module, args: tuple, options: dict[str, Any]) -> None:
+    """A new prompt must not inherit the position offsets transformers keeps of the last one's
+    images: of another batch size they end in an error, of another image in wrong positions."""
+    past = options.get("past_key_values")
+    fresh = past is None or past.get_seq_length() == 0
+    if fresh and options.get("position_ids") is None:
+        model.rope_deltas = None
 
 
 def _config(path: Path, values: dict[str, Any]) -> Qwen3_5MoeConfig:

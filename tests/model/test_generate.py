@@ -42,6 +42,19 @@ def test_padded_batch_equals_single_prompts(name, load):
     assert torch.equal(together, alone)
 
 
+def test_a_prompt_after_a_batch_starts_afresh(load):
+    """transformers keeps the batch's position offsets in a model with a vision tower."""
+    model, _ = load("stdlib_jangtq2")
+    prompt = ids_of(PROMPTS[2])
+    ids, mask = left_padded(PROMPTS)
+    continue_(model, ids, attention_mask=mask, count=2)
+    with torch.no_grad():
+        whole = model(prompt).logits
+        begin = model(prompt[:, :-1], use_cache=True)
+        last = model(prompt[:, -1:], past_key_values=begin.past_key_values).logits
+    torch.testing.assert_close(last, whole[:, -1:], rtol=0, atol=2e-5)
+
+
 def test_sampling_repeats_with_its_seed(load):
     model, _ = load("stdlib_configi")
     runs = []
