@@ -79,8 +79,11 @@ inline __m256i code_lanes(const uint8_t* p) {
   int32_t low, high;
   memcpy(&low, p, 4);
   memcpy(&high, p + kSecond, 4);
-  const __m256i words = kBits <= 4 ? _mm256_set1_epi32(low) : _mm256_set_m128i(_mm_set1_epi32(high), _mm_set1_epi32(low));
-  if (kBits <= 4) return _mm256_srlv_epi32(words, _mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b));
+  if (kBits <= 4) {
+    const __m256i shift = _mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
+    return _mm256_srlv_epi32(_mm256_set1_epi32(low), shift);
+  }
+  const __m256i words = _mm256_set_m128i(_mm_set1_epi32(high), _mm_set1_epi32(low));
   return _mm256_srlv_epi32(words, _mm256_setr_epi32(0, b, 2 * b, 3 * b, r, r + b, r + 2 * b, r + 3 * b));
 }
 template <int kBits>
@@ -91,8 +94,9 @@ template <int kBits>
 inline void table8(const float* table, const uint8_t* p, Vec* v) {
   const __m256i c = code_lanes<kBits>(p);
   *v = _mm256_permutevar8x32_ps(load(table), c);  // takes the low 3 bits
-  if (kBits == 4)
-    *v = _mm256_blendv_ps(*v, _mm256_permutevar8x32_ps(load(table + 8), c), _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+  if (kBits < 4) return;
+  const Vec upper = _mm256_permutevar8x32_ps(load(table + 8), c);
+  *v = _mm256_blendv_ps(*v, upper, _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
 }
 
 }  // namespace
