@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import hadamoe
-from hadamoe import formats, torch_run
+from hadamoe import inspect, torch_run
 
 HERE = Path(__file__).resolve().parent / "checkpoints"
 #: directory, name, bits per byte recorded for an independent decoder (checkpoints/README.md)
@@ -31,13 +31,6 @@ MODELS = (
     ("stdlib_w4a16", "W4A16 (int4/int8 + BF16)", 1.9979),
 )
 PROMPT = "    if not isinstance("  # the continuation differs from format to format
-
-
-def bits_per_weight(directory: Path) -> float:
-    """Stored bits of all matrices, scales included, over their number of weights."""
-    weights = formats.read(directory).weights.values()
-    count = sum(w.experts * w.rows * w.in_features for w in weights)
-    return 8 * sum(w.nbytes for w in weights) / count
 
 
 def main() -> None:
@@ -63,7 +56,8 @@ def main() -> None:
         print()
         score = torch_run.bits_per_byte(model, heldout)
         size = sum(f.stat().st_size for f in (HERE / folder).glob("*.safetensors"))
-        rows.append((name, size, bits_per_weight(HERE / folder), done.decode_rate, score, recorded))
+        bits = inspect.describe(HERE / folder).bits_per_weight
+        rows.append((name, size, bits, done.decode_rate, score, recorded))
 
     source = rows[0][4]
     heads = ("format", "MB", "bits/weight", "tok/s", "bits/byte", "- BF16", "recorded")
