@@ -58,19 +58,24 @@ struct GatedDeltaTask {
 // One token of qmatmul, prepared once for every row that reads it. The caller provides the memory.
 struct QmatmulInput {
   float* x;         // [padded]: columns rounded up to 256, zeros behind them
-  int8_t* planes[3];  // AVX-512: x as signed bytes, by fold; see qmatmul_avx512.h; 64-byte aligned
-  int32_t* sums32;  // AVX-512: fixed-point sums of 32 columns, [padded / 32]
+  int8_t* planes[3];  // AVX-512: x as signed bytes, by layout 0..2; see qmatmul_avx512.h; 64-byte aligned
+  float* lane_sums[3];  // AVX-512: by layout, fixed-point sums of x for each lane of codes
+  float* spread;      // AVX-512: x in layout 3; see qmatmul_avx512_codebook.h; 64-byte aligned
+  int64_t* sums32;    // AVX-512: fixed-point sums of 32 columns, [padded / 32]
   float* sums;      // sums of x: of 32 columns; AVX-512: fixed point, per level of QmatmulLevels
   double unit, total;  // AVX-512: of fixed point, and the sum of all columns
 };
 
-// log2 of the vectors of codes that AVX-512 unpacks from one load of at most 64 bytes.
-static inline int qmatmul_fold(int table, int bits) {
+// How AVX-512 wants x: 0..2, bytes, by log2 of the vectors of codes it unpacks from one load of at most 64
+// bytes; 3, f32 for codebooks.
+constexpr int kSpread = 3;
+static inline int qmatmul_layout(int table, int bits) {
+  if (table == hm_codebook) return kSpread;
   return table == hm_e2m1_gguf || bits > 4 ? 0 : bits == 2 ? 2 : 1;
 }
 // Columns whose x AVX-512 sums for one scale: a group, or 32 where a block of codes cuts groups.
-static inline int64_t qmatmul_unit(int64_t group, int fold) {
-  return (64 << fold) % group == 0 || group % (64 << fold) == 0 ? group : 32;
+static inline int64_t qmatmul_unit(int64_t group, int layout) {
+  return (64 << layout) % group == 0 || group % (64 << layout) == 0 ? group : 32;
 }
 
 // AVX-512 takes the sums of 16 units at a time, so each unit in use is a level of its own.
@@ -85,7 +90,7 @@ struct QmatmulPrepare {
   const char* x;  // [t, columns]
   hm_scale x_type;
   int64_t columns;
-  int folds;  // AVX-512: bit f: some reader has codes of fold f
+  int layouts;  // AVX-512: bit i: some reader wants layout i
   QmatmulLevels levels;
   QmatmulInput* inputs;
 };

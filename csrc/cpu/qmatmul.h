@@ -10,8 +10,8 @@
 //
 //   8 codes of the bit stream -> one word shifted into lanes -> f32, by table or as they are -> multiply-add
 //
-// AVX-512 computes codes in integers instead: qmatmul_avx512.h. The order of additions over a row depends
-// only on the column, never on how many tokens or rows share a call.
+// AVX-512 has kernels of its own: qmatmul_avx512.h. The order of additions over a row depends only on the
+// column, never on how many tokens or rows share a call.
 #pragma once
 
 #if HM_ISA_AVX512
@@ -243,16 +243,15 @@ void qmatmul_prepare(const QmatmulPrepare& task, int64_t begin, int64_t end) {
           Dtype(task.x_type));
     for (int64_t k = task.columns; k < padded; ++k) in.x[k] = 0;
 #if HM_ISA_AVX512
-    if (task.folds) {
-      to_fixed_point(task, in, in.x);
-      continue;
-    }
-#endif
+    if (task.layouts >> kSpread & 1) to_spread(in.spread, in.x, padded);
+    if (task.layouts & ((1 << kSpread) - 1)) to_fixed_point(task, in, in.x);
+#else
     for (int64_t k = 0; k < padded; k += 32) {
       Vec s = zero();
       for (int j = 0; j < 32; j += kLanes) s = add(s, load(in.x + k + j));
       in.sums[k / 32] = sum(s);
     }
+#endif
   }
 }
 

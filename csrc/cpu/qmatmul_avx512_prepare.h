@@ -5,18 +5,15 @@
 namespace hm {
 namespace {
 
-// How u8 values arise from codes, and how many byte products make one product.
-//   kCode   u = code                                            h u, m u, l u
-//   kTable  u = table[code], 8 bits                             the same
-//   kWide   u = 24 bits in three tables u2 u1 u0                h u2 | h u1 + m u2 | h u0 + m u1 + l u2
-//   kPair   2 bits, c[3] - c[2] - c[1] + c[0] = 0:              c = c[0] + A bit0 + B bit1, exactly; l sees
-//   an 8-bit
-//           h b0, m b0 | h b1, m b1 | l u                       table, whose rounding is 2^-24 of x
-enum UnpackKind { kCode, kTable, kWide, kPair };
+// How u8 values arise from codes.
+//   kByte                         the bytes as they are
+//   kShiftedCode, kShiftedTable   2 and 4 bits: a byte holds whole codes, so shifts by constants do
+//   kCode, kTable                 any other width or place
+// u is the code, or table[code].
+enum UnpackKind { kByte, kShiftedCode, kShiftedTable, kCode, kTable };
 
 struct UnpackPlan {
-  __m512i index, shift[4], mask;  // shift: per vector of a block; mask: kCode
-  __m512i table[3], pair[2];      // pair: bit 0 and bit 1 of a code, for kPair
+  __m512i index, shift[4], first;  // shift: per vector of a block; first: the code's bits, or the table
   int64_t stride;                 // bytes of a block of codes
   __mmask64 whole, tail;          // bytes of a block; of the last one
   int64_t blocks;                 // whole blocks in a row
@@ -26,8 +23,8 @@ struct UnpackPlan {
   int units_per_block;
   int64_t blocks_per_unit;
   bool gathers_scales;      // they do not lie side by side, one for each unit
-  float pair_a, pair_b;     // kPair: A, and B / 2
-  float high, low, offset;  // row = high * (h and m sums) + low * (l sums) + offset * sum of scale * X
+  float unit_of_u, offset;  // of a row: scale * unit_of_u * (u + offset) + shift
+  bool has_shift;           // shift = bias - scale * offset
 };
 
 inline __mmask64 first_bytes(int64_t n) {
@@ -38,7 +35,7 @@ inline __mmask64 first_bytes(int64_t n) {
 inline void plan_layout(const QmatmulTask& task, UnpackPlan& c) {
   alignas(64) uint8_t index[64], shift[64];
   const bool gguf = task.table == hm_e2m1_gguf;
-  const int bits = task.bits, vectors = 1 << qmatmul_fold(task.table, bits);
+  const int bits = task.bits, vectors = 1 << qmatmul_layout(task.table, bits);
   for (int s = 0; s < vectors; ++s) {
     for (int i = 0; i < 64; ++i) {
       const int word = i / 8, lane = i / 4;
@@ -58,12 +55,12 @@ inline void plan_layout(const QmatmulTask& task, UnpackPlan& c) {
     c.shift[s] = _mm512_load_si512(shift);
   }
   c.index = _mm512_load_si512(index);
-  c.mask = _mm512_set1_epi8(char((1 << bits) - 1));
+  c.first = _mm512_set1_epi8(char((1 << bits) - 1));
   c.stride = gguf ? 34 : 8 * bits * vectors;
   c.blocks = task.columns / (64 * vectors);
   const int64_t rest = task.columns % (64 * vectors);
   c.has_tail = rest != 0;
-  c.unit = qmatmul_unit(task.group, qmatmul_fold(task.table, bits));
+  c.unit = qmatmul_unit(task.group, qmatmul_layout(task.table, bits));
   c.units = task.columns / c.unit;
   c.units_per_group = task.group / c.unit;
   c.units_per_block = int(64 * vectors / c.unit);
@@ -82,85 +79,19 @@ inline __m512i repeated_table(const uint8_t* entries, int count) {
   return _mm512_load_si512(t);
 }
 
-// Smallest power of two s with range <= 255 s, or 1 for an empty range.
-inline double byte_step(double range) {
-  uint64_t u;
-  memcpy(&u, &range, 8);
-  if (range == 0) return 1;
-  u = (u >> 52) << 52;
-  double s;
-  memcpy(&s, &u, 8);
-  s *= 1.0 / 128;  // range < 256 s
-  return range > 255 * s ? 2 * s : s;
-}
-
-inline UnpackKind plan_codebook(const QmatmulTask& task, UnpackPlan& c) {
-  int count = 1 << task.bits;
-  float book[16];
-  double low, range = 0;
-  memcpy(book, task.codebook, size_t(count) * 4);
-  low = double(book[0]);
-  for (int i = 1; i < count; ++i) low = double(book[i]) < low ? double(book[i]) : low;
-  for (int i = 0; i < count; ++i) range = double(book[i]) - low > range ? double(book[i]) - low : range;
-  double step = byte_step(range);
-  uint8_t t[3][16];
-  bool exact = true;
-  for (int i = 0; i < count; ++i) {
-    double q = (double(book[i]) - low) / step;
-    t[0][i] = uint8_t(q + 0.5);
-    exact = exact && double(t[0][i]) == q;
-  }
-  c.table[0] = repeated_table(t[0], count);
-  c.offset = float(low);
-  double a = double(book[1]) - low, b = double(book[2]) - low, off = double(book[3]) - low - a - b;
-  if (exact) {
-    c.high = float(256 * step);
-    c.low = float(step);
-    return kTable;
-  }
-  if (count == 4 && low == double(book[0]) && (off < 0 ? -off : off) <= range * 0x1p-24) {
-    c.pair[0] = _mm512_set1_epi8(1);
-    c.pair[1] = _mm512_set1_epi8(2);
-    c.pair_a = float(a);
-    c.pair_b = float(b / 2);
-    c.high = 256;
-    c.low = float(step);
-    return kPair;
-  }
-  // 24 bits: of a power of two where that is exact, else of the range.
-  step /= 65536;
-  exact = true;
-  for (int i = 0; i < count; ++i) {
-    double q = (double(book[i]) - low) / step;
-    exact = exact && q == double(uint32_t(q));
-  }
-  if (!exact) step = range / 0xffffff;
-  for (int i = 0; i < count; ++i) {
-    uint32_t q = uint32_t((double(book[i]) - low) / step + 0.5);
-    for (int d = 0; d < 3; ++d) t[d][i] = uint8_t(q >> (16 - 8 * d));
-  }
-  for (int d = 0; d < 3; ++d) c.table[d] = repeated_table(t[d], count);
-  c.high = float(step * 0x1p24);
-  c.low = float(step * 0x1p16);
-  return kWide;
-}
-
 inline UnpackKind plan_unpack(const QmatmulTask& task, UnpackPlan& c) {
   plan_layout(task, c);
-  c.high = 256;
-  c.low = 1;
-  c.offset = task.bias                        ? 1
-             : task.table == hm_linear_signed ? -float(1 << (task.bits - 1))
-                                              : 0;  // 1: shifts are biases
-  if (task.table == hm_codebook) return plan_codebook(task, c);
-  if (task.table != hm_e2m1 && task.table != hm_e2m1_gguf) return kCode;
+  c.unit_of_u = 1;
+  c.offset = -float(1 << (task.bits - 1));
+  c.has_shift = task.table == hm_linear;
+  if (task.table == hm_linear || task.table == hm_linear_signed)
+    return task.bits == 8 ? kByte : task.bits == 2 || task.bits == 4 ? kShiftedCode : kCode;
   uint8_t t[16];
   for (int i = 0; i < 16; ++i) t[i] = uint8_t(e2m1_doubled[i] + 12);
-  c.table[0] = repeated_table(t, 16);
-  c.high = 128;  // entries are doubled
-  c.low = 0.5f;
-  c.offset = -6;
-  return kTable;
+  c.first = repeated_table(t, 16);
+  c.unit_of_u = 0.5f;
+  c.offset = -12;
+  return task.table == hm_e2m1 ? kShiftedTable : kTable;
 }
 
 // ---- tokens to fixed point
@@ -180,17 +111,16 @@ inline double pow2(int e) {
   return d;
 }
 
-// Smallest e with round(top * 2^(23 - e)) <= 127 * 65536 + 127 * 256 + 127, the largest number of three
-// signed bytes.
+// Smallest e with top * 2^(31 - e) <= 127 * (2^24 + 2^16 + 2^8 + 1), the largest number of four signed bytes.
 inline int fixed_exponent(uint32_t bits) {
   double top = double(bits_to_f32(bits));
   uint64_t u;
   memcpy(&u, &top, 8);
   int e = int(u >> 52) - 1022;  // top < 2^e
-  return top * pow2(-e) > 8355711.0 / 8388608.0 ? e + 1 : e;
+  return top * pow2(-e) > 2139062143.0 / 2147483648.0 ? e + 1 : e;
 }
 
-// Four vectors of x's bytes, 256 columns, in the order of each fold in use.
+// Four vectors of bytes, 256 columns of a plane, in the order of each fold in use.
 inline void store_folded(int8_t* const* planes, int folds, int64_t k, int plane, const __m512i (&v)[4]) {
   alignas(64) uint8_t every[2][64];
   for (int i = 0; i < 64; ++i) {
@@ -198,7 +128,7 @@ inline void store_folded(int8_t* const* planes, int folds, int64_t k, int plane,
     every[1][i] = uint8_t(4 * i);
   }
   for (int s = 0; s < 4; ++s) {
-    const int64_t at = 3 * (k + 64 * s) + 64 * plane;
+    const int64_t at = 4 * (k + 64 * s) + 64 * plane;
     if (folds & 1) _mm512_store_si512(planes[0] + at, v[s]);
     if (folds & 2) {
       const __m512i from = _mm512_add_epi8(_mm512_load_si512(every[0]), _mm512_set1_epi8(char(s % 2)));
@@ -220,38 +150,62 @@ inline __m512i bytes_of(const __m512i (&v)[4]) {
   return _mm512_inserti32x4(b, _mm512_cvtepi32_epi8(v[3]), 3);
 }
 
+// Sums of the columns that each lane of a block sees.
+inline void to_lane_sums(QmatmulInput& in, int fold, int64_t padded) {
+  const __m512i one = _mm512_set1_epi8(1);
+  for (int64_t block = 0; block < padded >> (6 + fold); ++block) {
+    __m512i sums[4];
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = _mm512_setzero_si512();
+      const int8_t* plane = in.planes[fold] + ((block << fold) * 4 + i) * 64;
+      for (int s = 0; s < 1 << fold; ++s)
+        sums[i] = _mm512_dpbusd_epi32(sums[i], one, _mm512_load_si512(plane + 256 * s));
+    }
+    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
+    const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sums[2], 8), sums[3]);
+    const __m512 sum = fma(_mm512_cvtepi32_ps(high), splat(65536), _mm512_cvtepi32_ps(low));
+    _mm512_store_ps(in.lane_sums[fold] + 16 * block, sum);
+  }
+}
+
+// The exact sum of 32 columns.
+inline int64_t sum32(__m512i a, __m512i b) {
+  auto wide = [](__m512i v) {
+    return _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
+                            _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
+  };
+  return _mm512_reduce_add_epi64(_mm512_add_epi64(wide(a), wide(b)));
+}
+
 // x f32[padded], a multiple of 256, to planes and sums; in.unit makes them numbers again.
 void to_fixed_point(const QmatmulPrepare& task, QmatmulInput& in, const float* x) {
   const int64_t padded = (task.columns + 255) / 256 * 256;
   const uint32_t top = largest_bits(x, padded);
   const bool finite = top < 0x7f800000u;
   const int e = top && finite ? fixed_exponent(top) : 0;
-  in.unit = finite ? pow2(e - 23) : double(bits_to_f32(0x7fc00000u));  // one infinity makes the token NaN
-  const __m512 exponent = splat(float(23 - e));
+  in.unit = finite ? pow2(e - 31) : double(bits_to_f32(0x7fc00000u));  // one infinity makes the token NaN
+  const __m512 exponent = splat(float(31 - e));
   const __m512i half = _mm512_set1_epi32(128);
   int64_t total = 0;
   for (int64_t k = 0; k < padded; k += 256) {
-    __m512i low[4], mid[4], high[4];
+    __m512i bytes[4][4];  // by plane, then 64 columns
     for (int s = 0; s < 4; ++s) {
-      __m512i l[4], m[4], h[4];
+      __m512i v[4][4];
       for (int i = 0; i < 4; ++i) {
-        const __m512 v = _mm512_scalef_ps(load(x + k + 64 * s + 16 * i), exponent);
-        l[i] = finite ? _mm512_cvtps_epi32(v) : _mm512_setzero_si512();
-        m[i] = _mm512_srai_epi32(_mm512_add_epi32(l[i], half), 8);
-        h[i] = _mm512_srai_epi32(_mm512_add_epi32(m[i], half), 8);
+        const __m512 scaled = _mm512_scalef_ps(load(x + k + 64 * s + 16 * i), exponent);
+        v[3][i] = finite ? _mm512_cvtps_epi32(scaled) : _mm512_setzero_si512();
+        for (int p = 3; p > 0; --p) v[p - 1][i] = _mm512_srai_epi32(_mm512_add_epi32(v[p][i], half), 8);
       }
-      low[s] = bytes_of(l);
-      mid[s] = bytes_of(m);
-      high[s] = bytes_of(h);
-      int32_t* sums = in.sums32 + k / 32 + 2 * s;
-      sums[0] = _mm512_reduce_add_epi32(_mm512_add_epi32(l[0], l[1]));
-      sums[1] = _mm512_reduce_add_epi32(_mm512_add_epi32(l[2], l[3]));
+      for (int p = 0; p < 4; ++p) bytes[p][s] = bytes_of(v[p]);
+      int64_t* sums = in.sums32 + k / 32 + 2 * s;
+      sums[0] = sum32(v[3][0], v[3][1]);
+      sums[1] = sum32(v[3][2], v[3][3]);
       total += sums[0] + sums[1];
     }
-    store_folded(in.planes, task.folds, k, 0, high);
-    store_folded(in.planes, task.folds, k, 1, mid);
-    store_folded(in.planes, task.folds, k, 2, low);
+    for (int p = 0; p < 4; ++p) store_folded(in.planes, task.layouts, k, p, bytes[p]);
   }
+  for (int fold = 0; fold < kSpread; ++fold)
+    if (task.layouts >> fold & 1) to_lane_sums(in, fold, padded);
   in.total = double(total);
   float* out = in.sums;
   for (int level = 0; level < task.levels.count; ++level) {
@@ -263,6 +217,25 @@ void to_fixed_point(const QmatmulPrepare& task, QmatmulInput& in, const float* x
       out[g] = float(sum);
     }
     out += slots;
+  }
+}
+
+// x f32[padded] as the codebook kernel reads it: column 8 * lane + j of each 128 at 16 * j + lane. Even
+// before odd moves the lowest bit of a place to the top; three times moves three.
+void to_spread(float* out, const float* x, int64_t padded) {
+  alignas(64) int32_t every[16];
+  for (int i = 0; i < 16; ++i) every[i] = 2 * i;
+  const __m512i even = _mm512_load_si512(every), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int64_t k = 0; k < padded; k += 128) {
+    __m512 v[2][8];
+    for (int i = 0; i < 8; ++i) v[0][i] = load(x + k + 16 * i);
+    for (int pass = 0; pass < 3; ++pass)
+      for (int i = 0; i < 4; ++i) {
+        const __m512* from = v[pass & 1] + 2 * i;
+        v[~pass & 1][i] = _mm512_permutex2var_ps(from[0], even, from[1]);
+        v[~pass & 1][i + 4] = _mm512_permutex2var_ps(from[0], odd, from[1]);
+      }
+    for (int i = 0; i < 8; ++i) _mm512_store_ps(out + k + 16 * i, v[1][i]);
   }
 }
 

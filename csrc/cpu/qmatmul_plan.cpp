@@ -18,22 +18,23 @@ bool one_scale_a_row(const hm_part& p, int64_t columns) {
 
 void Tokens::add_reader(const Contract& c, const std::string& name, const Parts& weight) {
   int64_t last = 0;  // most parts repeat the group and width of the one before
-  int last_fold = 0;
+  int last_layout = 0;
   for (int64_t i = 0; i < weight.experts * weight.per_expert; ++i) {
     const hm_part& p = weight.parts[i];
     if (p.rows == 0 || kInstances[p.instance].table == hm_plain) continue;
-    const int fold = qmatmul_fold(kInstances[p.instance].table, kInstances[p.instance].bits);
+    const int layout = qmatmul_layout(kInstances[p.instance].table, kInstances[p.instance].bits);
     const int64_t group = group_of(p, columns_);
-    folds_ |= 1 << fold;
-    if ((group == last && fold == last_fold) || one_scale_a_row(p, columns_)) continue;
+    layouts_ |= 1 << layout;
+    if ((group == last && layout == last_layout) || one_scale_a_row(p, columns_)) continue;
     last = group;
-    last_fold = fold;
+    last_layout = layout;
     const std::string at =
         "[" + std::to_string(i / weight.per_expert) + "," + std::to_string(i % weight.per_expert) + "]";
     if (group % 32 || columns_ % group)
       c.fail(name + at, "has group=" + std::to_string(group) + ", needs " + std::to_string(columns_) +
                             " or a multiple of 32 that divides it");
-    const int64_t unit = qmatmul_unit(group, fold);
+    if (layout == kSpread) continue;  // has no sums of x
+    const int64_t unit = qmatmul_unit(group, layout);
     int known = 0;
     while (known < levels_.count && levels_.unit[known] != unit) ++known;
     if (known == QmatmulLevels::kMost)
@@ -54,22 +55,30 @@ void Tokens::allocate(int64_t count) {
   int64_t slots = padded_ / 32;  // ISAs without levels keep sums of 32 columns
   for (int i = 0; i < levels_.count; ++i) slots += QmatmulLevels::slots(padded_, levels_.unit[i]);
   auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
-  const int64_t x_bytes = aligned(4 * padded_), planes = 3 * padded_, blocks = aligned(padded_ / 8);
-  const int64_t each = x_bytes + 3 * planes + blocks + aligned(4 * slots);
+  const int64_t size = 4 * padded_, blocks = aligned(padded_ / 4);  // of x in any layout; of sums32
+  int64_t copies = 1;
+  for (int i = 0; i <= kSpread; ++i) copies += layouts_ >> i & 1;
+  int64_t lanes[kSpread], extra = 0;
+  for (int i = 0; i < kSpread; ++i) extra += lanes[i] = layouts_ >> i & 1 ? aligned(padded_ >> i) : 0;
+  const int64_t each = copies * size + extra + blocks + aligned(4 * slots);
   memory_.reset(new char[size_t(each * count + 64)]);
   inputs_.resize(size_t(count));
   char* p = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+  auto take = [&](int64_t bytes) { return (p += bytes) - bytes; };
   for (QmatmulInput& in : inputs_) {
-    in.x = reinterpret_cast<float*>(p);
-    for (int f = 0; f < 3; ++f) in.planes[f] = reinterpret_cast<int8_t*>(p + x_bytes + f * planes);
-    in.sums32 = reinterpret_cast<int32_t*>(p + x_bytes + 3 * planes);
-    in.sums = reinterpret_cast<float*>(p + x_bytes + 3 * planes + blocks);
-    p += each;
+    in.x = reinterpret_cast<float*>(take(size));
+    for (int i = 0; i < kSpread; ++i) {
+      in.planes[i] = reinterpret_cast<int8_t*>(layouts_ >> i & 1 ? take(size) : nullptr);
+      in.lane_sums[i] = reinterpret_cast<float*>(take(lanes[i]));
+    }
+    in.spread = reinterpret_cast<float*>(layouts_ >> kSpread & 1 ? take(size) : nullptr);
+    in.sums32 = reinterpret_cast<int64_t*>(take(blocks));
+    in.sums = reinterpret_cast<float*>(take(aligned(4 * slots)));
   }
 }
 
 void Tokens::prepare(const void* x, hm_scale type, int64_t begin, int64_t end) {
-  kernels().qmatmul_prepare({static_cast<const char*>(x), type, columns_, folds_, levels_, inputs_.data()},
+  kernels().qmatmul_prepare({static_cast<const char*>(x), type, columns_, layouts_, levels_, inputs_.data()},
                             begin, end);
 }
 
@@ -105,8 +114,9 @@ void Products::add(const Parts& weight, int64_t expert, const Buffers& buffers, 
       if (p.bias_buffer >= 0 && instance.table == hm_linear) task.bias = place(p.bias_buffer, p.bias_offset);
       if (instance.table == hm_codebook) task.codebook = place(p.codebook_buffer, p.codebook_offset);
     }
-    const int64_t unit = qmatmul_unit(task.group, qmatmul_fold(task.table, task.bits));
-    task.sums_offset = one_scale_a_row(p, columns) ? 0 : tokens.sums_offset(unit);
+    const int layout = qmatmul_layout(task.table, task.bits);
+    const int64_t unit = qmatmul_unit(task.group, layout);
+    task.sums_offset = layout == kSpread || one_scale_a_row(p, columns) ? 0 : tokens.sums_offset(unit);
     task.token_count = int64_t(token.size());
     task.out_type = out_type_;
     tasks_.push_back(task);

@@ -26,7 +26,7 @@ class Tokens {
 
  private:
   int64_t columns_, padded_;
-  int folds_ = 0;
+  int layouts_ = 0;
   QmatmulLevels levels_{};
   std::vector<QmatmulInput> inputs_;
   std::unique_ptr<char[]> memory_;

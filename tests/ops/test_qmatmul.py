@@ -86,13 +86,13 @@ def error_bound(x: np.ndarray, weight: Weight) -> np.ndarray:
 
     Chains: two a lane within a group of f32 lanes (g / 8 in the narrowest), then one step a group,
     then 4 for the lanes and 6 for scale, bias, offset and result. Integer kernels round no product,
-    but x to half of 2^-23 of the power of two over max |x|, and three-digit tables to 2^-22.
+    but x to half of 2^-31 of the power of two over max |x|.
     """
     group = min(p.group for e in weight.parts for p in e)
     chain = group // 8 + -(-weight.columns // group) + 10
     size = np.abs(values(magnitude(weight))).reshape(-1, weight.columns)
     top = np.abs(x).max(-1, keepdims=True)
-    fixed = np.exp2(np.ceil(np.log2(top)) + 1 - 24) + top * 2.0**-22
+    fixed = 2.0**-31 * top
     return claims.gamma(chain) * (np.abs(x) @ size.T) + fixed * size.sum(-1)
 
 
@@ -134,10 +134,32 @@ def test_error_of_a_real_width_is_that_of_f32(isa, rng, instance):
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=str)
+def test_one_large_input_costs_the_others_no_bits(isa, rng, instance):
+    """As much of x in one column as in all others: inputs of real models have such columns."""
+    columns = 2048
+    for group in groups(instance, columns):
+        w = random_weight(rng, instance, 64, columns, group=group, kind="gaussian")
+        if instance.table == "codebook":
+            w = with_book(w, BOOKS[instance.bits])
+        x = rng.standard_normal((4, columns)).astype(np.float32)
+        x[:, 7] = 45
+        want = reference.qmatmul(x, w)
+        assert np.linalg.norm(run(x, w) - want) < 5e-7 * np.linalg.norm(want), group
+        coarse = np.round(x * 2.0**16) / 2.0**16  # mutant: 22 bits under 64
+        coarse = reference.qmatmul(coarse, w)
+        assert np.linalg.norm(coarse - want) > 5e-7 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=str)
 def test_a_row_depends_on_nothing_else(isa, rng, instance):
     """Neither the batch, nor the place in it, nor threads, nor other rows of the weight."""
-    w = random_weight(rng, instance, 70, 256, experts=3, kind="gaussian")
-    x = rng.standard_normal((11, 256)).astype(np.float32)
+    for columns, group in ((256, groups(instance, 256)[0]), (480, groups(instance, 480)[-1])):
+        depends_on_nothing_else(rng, instance, columns, group)
+
+
+def depends_on_nothing_else(rng, instance: Instance, columns: int, group: int) -> None:
+    w = random_weight(rng, instance, 70, columns, group=group, experts=3, kind="gaussian")
+    x = rng.standard_normal((11, columns)).astype(np.float32)
     expert = rng.integers(0, 3, (11, 2)).astype(np.int32)
     before = ops.threads()
     want = run(x, w, expert)
@@ -150,7 +172,7 @@ def test_a_row_depends_on_nothing_else(isa, rng, instance):
                 assert np.array_equal(run(x[t : t + 1], w, expert[t : t + 1]), want[t : t + 1])
     finally:
         ops.set_threads(before)
-    one = Weight(256, (w.parts[expert[0, 0]],))
+    one = Weight(columns, (w.parts[expert[0, 0]],))
     assert np.array_equal(run(x[:1], one), want[0, :1])
 
 

@@ -31,12 +31,12 @@ def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> n
     """Largest |error| of ``y[r, E * n] = x @ W^T`` for whatever order a kernel adds in.
 
     No order makes a chain longer than its number of terms: ``columns`` products and sums, and four
-    more for scale, bias, their product and the join of groups. Kernels on integers round x to 24
-    bits and codebooks to three bytes instead, each under the largest of its row: 2^-21 in all.
+    more for scale, bias, their product and the join of groups. Kernels on integers round no
+    product, but x to 32 bits under the largest of its row: 2^-31 of it at most.
     """
     size = np.abs(values(magnitude(weight))).reshape(-1, weight.columns)
     terms = np.abs(x) @ size.T
-    fixed = 2.0**-21 * np.abs(x).max(-1, keepdims=True) * size.sum(-1)
+    fixed = 2.0**-31 * np.abs(x).max(-1, keepdims=True) * size.sum(-1)
     return fixed + rounding_bound(terms, weight.columns + 4, np.abs(y) + fixed, dtype)
 
 

@@ -159,10 +159,9 @@ def random_weight(
 
 
 def magnitude(weight: Weight) -> Weight:
-    """The weight whose values bound the terms a kernel may add: |scale|, |bias|, max |codebook|.
+    """The weight whose values bound the terms a kernel may add: |scale|, |bias|, |codebook|.
 
     ``linear_signed`` becomes ``linear``: a kernel may sum code * x and 2^(bits-1) * x apart.
-    Codebook entries count as their largest: a kernel may hold them in fixed point under it.
     """
 
     def absolute(a: np.ndarray | None, dtype: str) -> np.ndarray | None:
@@ -183,7 +182,7 @@ def magnitude(weight: Weight) -> Weight:
                 scale=scale,
                 bias=to_storage(half, dtype),
             )
-        book = None if p.codebook is None else np.full_like(p.codebook, np.abs(p.codebook).max())
+        book = None if p.codebook is None else np.abs(p.codebook)
         return replace(p, scale=scale, bias=bias, codebook=book)
 
     return replace(weight, parts=tuple(tuple(one(p) for p in e) for e in weight.parts))
