@@ -93,7 +93,9 @@ inline void unpack_gguf(const uint8_t* p, uint8_t* out) {
 // Where the values of codes come from.
 struct Values {
   float table[16];  // repeated after 2^bits entries
-  float offset;
+  // Codes count from their middle: code * x and bias * sum(x) are often large and cancel. shift is what that
+  // leaves to the bias, in scales.
+  float offset, shift;
 };
 
 inline Values plan_values(const QmatmulTask& task) {
@@ -103,7 +105,8 @@ inline Values plan_values(const QmatmulTask& task) {
   if (task.table == hm_codebook) memcpy(entry, task.codebook, size_t(4) << task.bits);
   if (task.bits <= 4)
     for (int i = 0; i < 16; ++i) v.table[i] = entry[i & ((1 << task.bits) - 1)];
-  if (task.table == hm_linear_signed) v.offset = -float(1 << (task.bits - 1));
+  if (task.table == hm_linear || task.table == hm_linear_signed) v.offset = -float(1 << (task.bits - 1));
+  if (task.table == hm_linear) v.shift = -v.offset;
   return v;
 }
 
@@ -184,7 +187,7 @@ void code_tile(const QmatmulTask& task, const Values& values, int64_t n, int64_t
       s = e8m0_to_f32(p[17 * half]);
     } else if (left-- == 0) {
       s = load_scale(scale, g, task.scale_type);
-      if (bias) b = load_scale(bias, g, task.scale_type);
+      b = (bias ? load_scale(bias, g, task.scale_type) : 0.0f) + s * values.shift;
       ++g;
       left = per_group - 1;
     }
