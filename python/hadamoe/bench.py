@@ -71,10 +71,18 @@ def machine() -> dict[str, Any]:
         "isa": ops.isa(),
         "load_average": [round(v, 2) for v in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # by name alone: where a directory lies on this machine is nobody's business
+        "command": shlex.join(
+            ["hadamoe", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+        ),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _command() -> str:
+    """What was run, paths by their last name: where they lie on this machine is nobody's business."""
+    return shlex.join(["hadamoe", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
 
 
 def _seconds(call: Callable[[], None], budget: float) -> float:
@@ -273,16 +281,19 @@ def plot(path: str | os.PathLike[str], bandwidth: float, rows: list[Row]) -> Non
     figure, axes = plt.subplots(figsize=(9, 6))
     x = np.array([0.4, 10.0])
     axes.loglog(x, x * bandwidth, "k-", lw=1, label=f"memory roof, {bandwidth:.1f} GB/s")
-    for what, marker in (("dense", "o"), ("experts", "^")):
+    for what, marker, label in (("dense", "o", "one matrix"), ("experts", "^", "8 experts")):
         chosen = [r for r in rows if r.what == what]
+        if not chosen:
+            continue
         points = [(r.flops_per_byte, r.gbytes * r.flops_per_byte) for r in chosen]
-        label = {"dense": "one matrix", "experts": "8 experts"}[what]
-        axes.loglog(
-            *zip(*points, strict=True), marker, ms=6, alpha=0.7, label=label
-        ) if points else None
-        if what == "dense":
-            for r, p in zip(chosen, points, strict=True):
-                axes.annotate(r.instance, p, fontsize=6, xytext=(4, -6), textcoords="offset points")
+        axes.loglog(*zip(*points, strict=True), marker, ms=6, alpha=0.7, label=label)
+        named: set[str] = set()  # scale dtypes of one table and width lie side by side: one name
+        for r, point in zip(chosen, points, strict=True) if what == "dense" else ():
+            name = r.instance.partition("/")[0]
+            name = r.instance if name == "plain" else name
+            if name not in named:
+                named.add(name)
+                axes.annotate(name, point, fontsize=7, xytext=(5, -9), textcoords="offset points")
     axes.set(xlabel="flops per byte read", ylabel="GFLOP/s, one token")
     axes.set_title(f"{machine()['cpu']}, {ops.threads()} threads, {ops.isa()}", fontsize=9)
     axes.grid(True, which="both", alpha=0.2)
