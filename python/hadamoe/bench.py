@@ -81,7 +81,7 @@ def machine() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """What was run, paths by their last name: where they lie on this machine is nobody's business."""
+    """What was run, paths by their last name alone."""
     return shlex.join(["hadamoe", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
 
 
