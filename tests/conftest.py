@@ -7,6 +7,8 @@ import os
 import pytest
 import recorded
 
+from hadamoe import ops
+
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     recorded.forget()
@@ -33,3 +35,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for reason in sorted({str(r.longrepr[2]) for r in skipped}):
             reporter.write_line(f"must not skip here: {reason}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(params=ops.isas())
+def isa(request):
+    """Runs the test once per instruction set."""
+    before = ops.isa()
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa(before)

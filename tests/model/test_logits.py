@@ -55,14 +55,17 @@ def close(got, want, tolerance=TOLERANCE):
     assert worst <= tolerance, f"logits differ by {worst:.3g}, allowed {tolerance}"
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("name", RECORDED)
 def test_f32_logits(name, load, golden):
+    """On every instruction set, and twice as close as promised: half of what is left is the
+    rounding of the recorded f32 logits themselves."""
     model, _ = load(name)
     ids, want, _ = recorded(golden, name)
     with torch.no_grad():
         got = model(ids).logits
     assert got.dtype == torch.float32
-    close(got, want)
+    close(got, want, TOLERANCE / 2)
 
 
 @pytest.mark.parametrize("name", RECORDED)
