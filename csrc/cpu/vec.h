@@ -1,9 +1,8 @@
 // The vector layer: f32 vectors of one ISA's natural width, and just what the kernels need of them.
 //
 //   Vec, kLanes                       zero() splat(f) load(p) store(p, v) load_n(p, n) store_n(p, v, n)
-//   add sub mul fma(a, b, c)=a*b+c    max_(a, b)  sum(v)  max_of(v)   (one fixed order of additions)
+//   add sub mul fma(a, b, c)=a*b+c    sum(v)   (one fixed order of additions)
 //   swap_lanes<H>(v)                  lane i takes lane i ^ H (H < kLanes, a power of two)
-//   from_u8(p)                        kLanes bytes to f32
 //   load_bf16(p) load_f16(p)          kLanes 16-bit numbers to f32; store_bf16, store_f16 round to even
 //   lookup16(table, codes)            table[code] for kLanes u8 codes < 16, f32[16] table
 //   codes8<bits>(p, v)                8 codes of a bit stream, LSB first, as f32 in v[8 / kLanes]; reads at most

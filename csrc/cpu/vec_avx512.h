@@ -17,8 +17,6 @@ inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec max_(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-inline Vec abs_(Vec a) { return _mm512_abs_ps(a); }
 // Written out: the compiler's reduce intrinsics leave the order of additions to it.
 inline float sum(Vec v) {
   __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -39,9 +37,6 @@ inline Vec swap_lanes(Vec v) {
   if constexpr (H < 4) return _mm512_permute_ps(v, H == 1 ? 0xB1 : 0x4E);
   return _mm512_shuffle_f32x4(v, v, H == 4 ? 0xB1 : 0x4E);
 }
-inline Vec from_u8(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 inline Vec load_bf16(const uint16_t* p) {
   __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
@@ -58,9 +53,6 @@ inline void store_bf16(uint16_t* p, Vec v) {
 }
 inline void store_f16(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-inline Vec lookup16(const float* table, const uint8_t* codes) {
-  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), load(table));
 }
 
 }  // namespace

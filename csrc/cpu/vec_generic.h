@@ -26,15 +26,9 @@ inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec max_(Vec a, Vec b) { return each([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
-inline Vec abs_(Vec a) { return each([&](int i) { return a[i] < 0 ? -a[i] : a[i]; }); }
 inline float sum(Vec v) {
   for (int h = kLanes / 2; h; h /= 2)
     for (int i = 0; i < h; ++i) v[i] += v[i + h];
-  return v[0];
-}
-inline float max_of(Vec v) {
-  for (int i = 1; i < kLanes; ++i) v[0] = v[i] > v[0] ? v[i] : v[0];
   return v[0];
 }
 inline Vec round_(Vec a) { return each([&](int i) { return rintf(a[i]); }); }
@@ -51,7 +45,6 @@ template <int H>
 inline Vec swap_lanes(Vec v) {
   return each([&](int i) { return v[i ^ H]; });
 }
-inline Vec from_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
 inline Vec load_bf16(const uint16_t* p) {
   uint16_t h[kLanes];
   memcpy(h, p, sizeof h);

@@ -17,13 +17,10 @@ inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
 inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
-inline Vec max_(Vec a, Vec b) { return vmaxq_f32(a, b); }
-inline Vec abs_(Vec a) { return vabsq_f32(a); }
 inline float sum(Vec v) {
   float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
   return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
 }
-inline float max_of(Vec v) { return vmaxvq_f32(v); }
 inline Vec round_(Vec a) { return vrndnq_f32(a); }
 inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   int32x4_t e = vcvtq_s32_f32(n), half = vshrq_n_s32(e, 1), bias = vdupq_n_s32(127);  // 2^128 is not a float
@@ -37,11 +34,6 @@ inline Vec scale_pow2(Vec p, Vec n, Vec x) {
 template <int H>
 inline Vec swap_lanes(Vec v) {
   return H == 1 ? vrev64q_f32(v) : vextq_f32(v, v, 2);
-}
-inline Vec from_u8(const uint8_t* p) {
-  uint32_t u;
-  memcpy(&u, p, 4);
-  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(u)))));
 }
 inline Vec load_bf16(const uint16_t* p) {
   uint64_t u;

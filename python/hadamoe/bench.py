@@ -71,10 +71,7 @@ def machine() -> dict[str, Any]:
         "isa": ops.isa(),
         "load_average": [round(v, 2) for v in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
-        # by name alone: where a directory lies on this machine is nobody's business
-        "command": shlex.join(
-            ["hadamoe", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
-        ),
+        "command": _command(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -20,7 +20,7 @@ from . import formats, ops
 from .errors import ContractError, FormatError, UnsupportedError
 from .formats import ModelFiles
 from .torch_layers import Attention, GatedDeltaNet, QEmbedding, QLinear, SparseMoeBlock
-from .weight import Instance, Part, Weight, fuse_rows
+from .weight import Weight, fuse_rows
 
 
 def load(
@@ -275,9 +275,8 @@ def _fill_vision(visual: nn.Module, files: ModelFiles, dtype: torch.dtype) -> No
 
 def _plain(stored: formats.Stored) -> Weight:
     """A matrix of stored numbers as a weight: views of the same bytes."""
-    rows, columns = stored.array.shape
-    instance = Instance("plain", 32 if stored.dtype == "f32" else 16, stored.dtype)
-    return Weight(columns, ((Part(instance, rows, columns, stored.array.view(np.uint8)),),))
+    instance = ("plain", 32 if stored.dtype == "f32" else 16, stored.dtype)
+    return Weight.of(instance, stored.array.shape[1], stored.array)
 
 
 def _finish(model: nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -20,16 +20,14 @@ import numpy as np
 
 from .errors import ContractError
 
-#: code -> value: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code - 2^(b-1), ``e2m1`` MXFP4,
-#: ``e2m1_gguf`` the same in GGUF's blocks, ``codebook`` a stored f32 table, ``plain`` the number.
-TABLES = ("linear", "linear_signed", "e2m1", "e2m1_gguf", "codebook", "plain")
-SCALES = ("f32", "f16", "bf16", "e8m0")
-
 
 class Instance(NamedTuple):
     """What a kernel is compiled for: table kind, bits per code, scale dtype.
 
-    For ``plain`` weights bits and scale name the stored number: (16, bf16), (16, f16), (32, f32).
+    Tables turn a code into a number: ``linear`` 0..2^b-1 with a bias, ``linear_signed`` code -
+    2^(b-1), ``e2m1`` MXFP4, ``e2m1_gguf`` the same in GGUF's blocks, ``codebook`` a stored f32
+    table, ``plain`` the number itself. Scales are f32, f16, bf16 or e8m0. For ``plain`` weights
+    bits and scale name the stored number: (16, bf16), (16, f16), (32, f32).
     """
 
     table: str

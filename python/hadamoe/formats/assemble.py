@@ -141,7 +141,6 @@ class _Walk:
         self.model, self.files, self.matrix = model, files, matrix
         self.g = model.geometry
         self.shift = False
-        self._layouts: set[bool] = set()
 
     def find(self, path: str, rows: int, columns: int, experts: int | None = None) -> Weight:
         weight = self.matrix(path, rows, columns, experts) or plain(
