@@ -8,6 +8,7 @@
 #include "../core/abi.h"
 #include "../core/instances.h"
 #include "../core/pool.h"
+#include "../core/profile.h"
 #include "../cpu/isa.h"
 #include "array.h"
 
@@ -86,4 +87,8 @@ NB_MODULE(_cpu, m) {
   m.def("set_isa", &hm::set_isa, "name"_a);
   m.def("threads", &hm::thread_count);
   m.def("set_threads", &hm::set_thread_count, "count"_a);
+  m.def("count_products", [](bool on) { hm::product_count.on = on; }, "on"_a);
+  m.def("products", [] {
+    return std::tuple<int64_t, int64_t>(hm::product_count.nanoseconds, hm::product_count.bytes);
+  });
 }

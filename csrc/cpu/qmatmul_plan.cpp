@@ -1,6 +1,7 @@
 #include "qmatmul_plan.h"
 
 #include "../core/pool.h"
+#include "../core/profile.h"
 
 namespace hm {
 namespace {
@@ -129,12 +130,14 @@ void Products::add(const Parts& weight, int64_t expert, const Buffers& buffers, 
 
 void Products::run() {
   constexpr int64_t kBlock = 16, kLeast = 16 << 10;  // rows a kernel takes at once; bytes worth a hand-over
-  int64_t total = 0;
+  const int64_t start = product_count.on ? profile_clock() : 0;
+  int64_t total = 0, bytes = 0;
   auto cost = [](const QmatmulTask& t) { return t.row_bytes * (1 + t.token_count / 4); };
   for (size_t i = 0; i < tasks_.size(); ++i) {
     tasks_[i].tokens = token_.data() + spans_[i].begin;
     tasks_[i].out = out_.data() + spans_[i].begin;
     total += cost(tasks_[i]) * spans_[i].rows;
+    bytes += (tasks_[i].row_bytes + tasks_[i].scale_stride * (tasks_[i].bias ? 2 : 1)) * spans_[i].rows;
   }
   int64_t target = total / (4 * int64_t(thread_count()));
   if (target < kLeast) target = kLeast;
@@ -152,6 +155,10 @@ void Products::run() {
   }
   parallel(uint32_t(chunks.size()),
            [&](uint32_t i) { kernels().qmatmul(*chunks[i].task, chunks[i].begin, chunks[i].end); });
+  if (start) {
+    product_count.nanoseconds += profile_clock() - start;
+    product_count.bytes += bytes;
+  }
 }
 
 ByExpert::ByExpert(const int64_t* expert, int64_t count, int64_t experts)

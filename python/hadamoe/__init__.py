@@ -52,7 +52,8 @@ def load(
         device: ``"cpu"``.
         options: ``rope=...`` merges rope settings over the checkpoint's, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``;
-            ``vision=False`` leaves a vision tower out.
+            ``vision=False`` leaves a vision tower out; ``resident=True`` copies the weights into
+            memory (huge pages on Linux) instead of mapping their files.
 
     Returns:
         (model, tokenizer); tokenizer is None where the directory has none.
@@ -60,6 +61,7 @@ def load(
     Raises:
         FormatError: the directory is not what its format promises.
         UnsupportedError: it needs an instance, framework or device this build lacks.
+        DeviceError: resident weights need more memory than is available.
         ModuleNotFoundError: the packages of ``hadamoe[torch]`` are not installed.
     """
     if framework != "torch":

@@ -35,3 +35,10 @@ def threads() -> int:
 
 def set_threads(count: int) -> None:
     """Use count threads (>= 1). Not while an op runs."""
+
+def count_products(on: bool) -> None:
+    """Begin or cease to count in products()."""
+
+def products() -> tuple[int, int]:
+    """(nanoseconds inside products with weights, bytes of weights they read), since the process
+    began and while counting was on."""

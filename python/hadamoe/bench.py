@@ -9,9 +9,10 @@ import datetime
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["Row", "instances", "machine", "plot", "read_bandwidth"]
 
 #: Bytes of codes a measurement cycles through: several times the last-level cache of most machines.
 POOL_BYTES = 512 << 20
+#: (rows, columns) measured.
+SHAPES = {"dense": (8192, 2048), "experts": (1024, 2048)}
 _SCALE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
 #: Group of an instance's scales in the formats that use it.
 _GROUP = {"linear": 64, "linear_signed": 32, "e2m1": 32, "e2m1_gguf": 32, "codebook": 128}
@@ -110,14 +113,16 @@ def read_bandwidth(threads: int, nbytes: int = 1 << 30, budget: float = 0.5) -> 
 class _Pool:
     """Matrices of an instance cut from one large random buffer, each from its own place."""
 
-    def __init__(self, instance: Instance, rows: int, columns: int, pool_bytes: int) -> None:
+    def __init__(
+        self, instance: Instance, rows: int, columns: int, pool_bytes: int, least: int = 1
+    ) -> None:
         self.instance, self.rows, self.columns = instance, rows, columns
         blocks = columns // 32
         packed = instance.table == "e2m1_gguf"
         self.row_bytes = 17 * blocks if packed else columns * instance.bits // 8
         self.group = columns if instance == ("codebook", instance.bits, "f16") else None
         self.group = self.group or _GROUP.get(instance.table, columns)
-        self.matrices = max(8, pool_bytes // (rows * self.row_bytes))
+        self.matrices = max(least, pool_bytes // (rows * self.row_bytes))
         rng = np.random.default_rng(0)
         self._codes = self._fill_codes(rng, self.matrices * rows * self.row_bytes)
         self._scale = None
@@ -159,23 +164,23 @@ class _Pool:
 
 
 def _measure(
-    instance: Instance, budget: float, pool_bytes: int
-) -> Iterator[tuple[str, int, int, float, int]]:
-    """(what, rows, columns, seconds per call, bytes per call) of one instance."""
-    x = np.random.default_rng(1).standard_normal((1, 2048), np.float32)
-    pool = _Pool(instance, 8192, 2048, pool_bytes)
-    dense = [ops.pack(Weight(2048, ((pool.part(i),),))) for i in range(pool.matrices)]
-    nbytes = pool.part(0).nbytes * len(dense)
-    seconds = _seconds(lambda: [ops.qmatmul(x, w) for w in dense] and None, budget)
-    yield "dense", 8192, 2048, seconds, nbytes
-    pool = _Pool(instance, 1024, 2048, pool_bytes)
+    instance: Instance, what: str, rows: int, columns: int, budget: float, pool_bytes: int
+) -> tuple[float, int]:
+    """(seconds, bytes) of a pass over the pool: through one matrix after the other, or through 8
+    experts of a stack after 8 others."""
+    x = np.random.default_rng(1).standard_normal((1, columns), np.float32)
+    if what != "experts":
+        pool = _Pool(instance, rows, columns, pool_bytes, least=2)
+        dense = [ops.pack(Weight(columns, ((pool.part(i),),))) for i in range(pool.matrices)]
+        seconds = _seconds(lambda: [ops.qmatmul(x, w) for w in dense] and None, budget)
+        return seconds, pool.part(0).nbytes * len(dense)
+    pool = _Pool(instance, rows, columns, pool_bytes, least=8)
     count = min(256, pool.matrices)
-    stack = ops.pack(Weight(2048, tuple((pool.part(i),) for i in range(count))))
+    stack = ops.pack(Weight(columns, tuple((pool.part(i),) for i in range(count))))
     picks = np.random.default_rng(2).permutation(count).astype(np.int32)
     picks = picks[: count // 8 * 8].reshape(-1, 1, 8)
-    nbytes = pool.part(0).nbytes * picks.size
     seconds = _seconds(lambda: [ops.qmatmul(x, stack, expert=e) for e in picks] and None, budget)
-    yield "experts", 1024, 2048, seconds, nbytes
+    return seconds, pool.part(0).nbytes * picks.size
 
 
 def instances(
@@ -184,6 +189,7 @@ def instances(
     only: list[Instance] | None = None,
     budget: float = 0.3,
     pool_bytes: int = POOL_BYTES,
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Measure every instance of this build: one token through one matrix, and through 8 experts.
@@ -193,11 +199,13 @@ def instances(
         only: the instances to measure; None for all.
         budget: seconds spent on each measurement.
         pool_bytes: bytes of codes a measurement cycles through.
+        shapes: (rows, columns) by what it is; ``experts`` is a stack of which 8 are read.
     """
     rows = []
     for instance in only or ops.instances():
         progress(str(instance))
-        for what, n, k, seconds, nbytes in _measure(instance, budget, pool_bytes):
+        for what, (n, k) in shapes.items():
+            seconds, nbytes = _measure(instance, what, n, k, budget, pool_bytes)
             rate = nbytes / seconds / 1e9
             per_weight = nbytes / (round(nbytes / _bytes_per_weight(instance)))
             rows.append(
@@ -221,43 +229,74 @@ def _bytes_per_weight(instance: Instance) -> float:
 
 
 def model(
-    directory: str | os.PathLike[str], bandwidth: float, prompt_tokens: int, new_tokens: int
-) -> dict[str, Any]:
+    directory: str | os.PathLike[str],
+    bandwidth: float,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    resident: bool = False,
+    repeats: int = 3,
+    profiled: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any], Any]:
     """Prefill and decode of a whole checkpoint, beside the time of reading its weights alone.
 
     Args:
         bandwidth: 1e9 bytes/s of reading alone, at the current number of threads.
+        resident: weights in memory instead of mapped; ``progress`` as in `hadamoe.load`.
+        repeats: runs whose median rates are reported.
+        profiled: also take one more run apart.
+
+    Returns: (figures by name, `profile.Profile` or None).
 
     Raises:
-        FormatError, UnsupportedError: as `hadamoe.load`.
+        FormatError, UnsupportedError, DeviceError: as `hadamoe.load`.
     """
-    from . import inspect, torch_model, torch_run
+    from . import inspect, profile, torch_model, torch_run
+
+    copied = 0
+
+    def copying(done: int, total: int) -> None:
+        nonlocal copied
+        copied = total
+        if progress is not None:
+            progress(done, total)
 
     found = inspect.describe(directory)
     start = time.perf_counter()
-    loaded, _ = torch_model.load(directory)
+    loaded, _ = torch_model.load(directory, resident=resident, progress=copying)
     opened = time.perf_counter() - start
     ids = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens))
     torch_run.generate(loaded, ids, 2)  # maps the pages, wakes the threads
-    done = torch_run.generate(loaded, ids, new_tokens)
-    floor = found.token_bytes / bandwidth / 1e9
-    return {
+    runs = [torch_run.generate(loaded, ids, new_tokens) for _ in range(repeats)]
+    decode = statistics.median(r.decode_rate for r in runs)
+    floor, peak = found.token_bytes / bandwidth / 1e9, torch_run.peak_bytes()
+    figures = {
         "format": found.format,
         "file GB": found.file_bytes / 1e9,
+        "weights": "resident" if resident else "mapped",
         "open s": opened,
-        "prompt tokens": done.prompt_tokens,
-        "prefill tok/s": done.prefill_rate,
-        "new tokens": done.new_tokens,
-        "decode tok/s": done.decode_rate,
+        "runs": repeats,
+        "prompt tokens": prompt_tokens,
+        "prefill tok/s": statistics.median(r.prefill_rate for r in runs),
+        "new tokens": new_tokens,
+        "decode tok/s": decode,
         "read GB/token": found.token_bytes / 1e9,
         "floor tok/s": 1 / floor,
-        "time over floor": 1 / (floor * done.decode_rate),
+        "time over floor": 1 / (floor * decode),
         "resident GB": torch_run.resident_bytes() / 1e9,
+        "peak GB": peak / 1e9,
     }
+    if resident:  # a mapped file is in memory in part, nobody knows which at the peak
+        figures["peak over weights GB"] = (peak - copied) / 1e9
+    return figures, profile.profile(loaded, ids, new_tokens) if profiled else None
 
 
 def report(
-    bandwidth: dict[int, float], rows: list[Row], model: dict[str, Any] | None
+    bandwidth: dict[int, float],
+    rows: list[Row],
+    model: dict[str, Any] | None,
+    profile: Any = None,
 ) -> dict[str, Any]:
     """Everything measured, for JSON. Rates in 1e9 bytes/s and tokens/s."""
     return {
@@ -265,6 +304,7 @@ def report(
         "read_bandwidth": {str(t): round(v, 2) for t, v in bandwidth.items()},
         "instances": [asdict(r) for r in rows],
         "model": model,
+        "profile": None if profile is None else asdict(profile),
     }
 
 

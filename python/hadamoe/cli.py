@@ -12,18 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
-from . import ops, synth
+from . import ops, synth, terminal
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 
 _ERRORS = (ContractError, FormatError, UnsupportedError, DeviceError, OSError)
@@ -37,16 +27,11 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except _ERRORS as e:
-            _fail(_printable(str(e)))
+            _fail(terminal.printable(str(e)))
         except ModuleNotFoundError as e:
             if e.name not in _EXTRA:
                 raise
             _fail(f"this needs {e.name}; install it with: pip install 'hadamoe[{_EXTRA[e.name]}]'")
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: names from a file must not drive the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _fail(message: str) -> None:
@@ -63,31 +48,12 @@ app = typer.Typer(
 )
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
+Resident = Annotated[
+    bool, typer.Option("--resident", help="Copy the weights into memory (huge pages on Linux).")
+]
 Threads = Annotated[
     int | None, typer.Option(help="Threads; all cores where not given.", min=1, max=ops.MAX_THREADS)
 ]
-
-
-def _console() -> Console:
-    # Wide enough off a terminal that no table wraps; no colours there either.
-    width = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, markup=False, width=width)
-
-
-def _table(title: str, *columns: str, left: int = 1) -> Table:
-    """A table whose first ``left`` columns are text and the others numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right")
-    return table
-
-
-def _amount(n: float) -> str:
-    """12.34 G, 5.67 M, 8.9 k."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.2f} {unit}"
-    return f"{n:.0f} "
 
 
 def _set_threads(count: int | None) -> None:
@@ -118,16 +84,16 @@ def inspect_command(
         # Not through rich: it would break long lines.
         print(json.dumps({**found.as_dict(), "missing": [str(i) for i in missing]}, indent=2))
         return
-    console = _console()
+    console = terminal.console()
     console.print(f"{found.path}: {found.format}")
     for line in found.evidence:
-        console.print(f"  because {_printable(line)}")
+        console.print(f"  because {terminal.printable(line)}")
     console.print(
         f"  {found.layers} layers, {found.experts} experts ({found.top_k} a token), "
-        f"hidden {found.hidden}; {found.tensors:,} tensors, {_amount(found.file_bytes)}B"
+        f"hidden {found.hidden}; {found.tensors:,} tensors, {terminal.amount(found.file_bytes)}B"
     )
     columns = ("table", "bits", "group", "scale", "matrices", "weights", "MB", "MB/token")
-    table = _table("", "role", *columns, left=2)
+    table = terminal.table("", "role", *columns, left=2)
     for r in found.rows:
         plain = r.instance.table == "plain"
         table.add_row(
@@ -143,10 +109,10 @@ def inspect_command(
         )
     console.print(table)
     console.print(
-        f"text model: {_amount(found.parameters)} weights, {_amount(found.nbytes)}B, "
-        f"{found.bits_per_weight:.3f} bits per weight"
+        f"text model: {terminal.amount(found.parameters)} weights, "
+        f"{terminal.amount(found.nbytes)}B, {found.bits_per_weight:.3f} bits per weight"
     )
-    console.print(f"read per decoded token: {_amount(found.token_bytes)}B")
+    console.print(f"read per decoded token: {terminal.amount(found.token_bytes)}B")
     if found.vision[0]:
         console.print(f"vision tower: {found.vision[0]} tensors, {found.vision[1] / 1e6:,.1f} MB")
     if found.mtp:
@@ -157,7 +123,7 @@ def inspect_command(
         console.print(f"KV cache scales: {found.kv_scales} usable{bad}")
     console.print(f"tokenizer: {'yes' if found.tokenizer else 'none'}")
     for note in found.notes:
-        console.print(f"note: {_printable(note)}")
+        console.print(f"note: {terminal.printable(note)}")
     have = [str(i) for i in found.instances if i not in missing]
     console.print(f"kernels here ({ops.isa()}): {' '.join(have)}")
     if missing:
@@ -181,6 +147,7 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16, float16.")
     ] = None,
+    resident: Resident = False,
     threads: Threads = None,
 ) -> None:
     """Stream text from a prompt; speed and memory at the end."""
@@ -189,7 +156,10 @@ def run(
     from . import torch_model, torch_run  # their import is not part of opening
 
     start = time.perf_counter()
-    model, tokenizer = torch_model.load(directory, dtype=dtype)
+    with terminal.bar(terminal.console(stderr=True)) as progress:
+        model, tokenizer = torch_model.load(
+            directory, dtype=dtype, resident=resident, progress=progress
+        )
     opened = time.perf_counter() - start
 
     def show(text: str) -> None:
@@ -245,15 +215,20 @@ def synth_command(
         format, replace(synth.PRESETS[shape], **options), vision=vision, mtp=mtp, seed=seed
     )
     files, tensors = len(plan.shards()), len(plan.tensors) + len(plan.mtp)
-    console = _console()
+    console = terminal.console()
     console.print(f"{format}: {plan.nbytes / 1e9:.3f} GB, {tensors:,} tensors in {files} files")
     if dry_run:
         return
     start = time.perf_counter()
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("", total=plan.nbytes)
-        path = plan.write(out, lambda n: bar.advance(task, n))
+    written = 0
+    with terminal.bar(console) as show:
+
+        def wrote(n: int) -> None:
+            nonlocal written
+            written += n
+            show(written, plan.nbytes)
+
+        path = plan.write(out, wrote)
     seconds = time.perf_counter() - start
     console.print(f"wrote {path} in {seconds:.1f} s ({plan.nbytes / 1e6 / seconds:,.0f} MB/s)")
 
@@ -279,11 +254,11 @@ def verify(
         _checkpoint(directory)
     from . import verify as verify_
 
-    console = _console()
+    console = terminal.console()
     with console.status("preparing cases") as status:
         rows = verify_.run(directory, lambda r: status.update(f"{r.isa} {r.op} {r.instance}"))
     isas = list(dict.fromkeys(r.isa for r in rows))
-    table = _table("", "op", "instance", "claim", "cases", *isas, left=3)
+    table = terminal.table("", "op", "instance", "claim", "cases", *isas, left=3)
     lines: dict[tuple[str, str, str], dict[str, list[verify_.Row]]] = {}
     for r in rows:
         lines.setdefault((r.op, r.instance, r.claim), {}).setdefault(r.isa, []).append(r)
@@ -314,12 +289,19 @@ def bench(
     pool: Annotated[int, typer.Option(help="MB of weights each measurement reads.", min=1)] = 512,
     prompt_tokens: Annotated[int, typer.Option(help="Of the model's prefill.", min=1)] = 256,
     new_tokens: Annotated[int, typer.Option(help="Of the model's decode.", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of the model; medians count.", min=1)] = 3,
+    resident: Resident = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Take a decoded token's time apart.")
+    ] = False,
     instances: Annotated[bool, typer.Option(help="Measure the kernel instances.")] = True,
 ) -> None:
     """Measure read bandwidth, every kernel instance, and the prefill and decode of a checkpoint."""
     _set_threads(threads)
     if directory:
         _checkpoint(directory)
+    elif profile or resident:
+        raise ContractError("bench: --profile and --resident need a checkpoint directory")
     from . import bench as measure
 
     for out in filter(None, (json_file, plot)):  # before minutes of measuring, not after
@@ -327,32 +309,80 @@ def bench(
             raise ContractError(f"bench: {out.parent} is not a directory, cannot write {out.name}")
     if plot and find_spec("matplotlib") is None:
         raise ModuleNotFoundError("no matplotlib", name="matplotlib")
-    console = _console()
+    console = terminal.console()
     counts = sorted({1, ops.threads()})
     bandwidth = {n: measure.read_bandwidth(n) for n in counts}
     for n, rate in bandwidth.items():
         console.print(f"read bandwidth, {n} thread{'s' * (n > 1)}: {rate:.1f} GB/s")
-    limit, rows, model = bandwidth[ops.threads()], [], None
+    limit, rows, model, parts = bandwidth[ops.threads()], [], None, None
     if instances:
         with console.status("") as status:
             rows = measure.instances(
                 limit, budget=seconds, pool_bytes=pool << 20, progress=status.update
             )
-        title = f"one token, {ops.isa()}, {ops.threads()} threads"
-        table = _table(title, "instance", "what", "rows", "GB/s", "of the limit", left=2)
-        for r in rows:
-            share = f"{100 * r.fraction:.0f} %"
-            table.add_row(r.instance, r.what, f"{r.rows} x {r.columns}", f"{r.gbytes:.1f}", share)
-        console.print(table)
+        _show_instances(console, rows)
     if directory:
-        model = measure.model(directory, limit, prompt_tokens, new_tokens)
-        table = _table(str(directory), "figure", "value")
+        with terminal.bar(terminal.console(stderr=True)) as progress:
+            model, parts = measure.model(
+                directory, limit, prompt_tokens, new_tokens,
+                resident=resident, repeats=repeats, profiled=profile, progress=progress,
+            )  # fmt: skip
+        table = terminal.table(str(directory), "figure", "value")
         for name, value in model.items():
             table.add_row(name, value if isinstance(value, str) else f"{value:,.6g}")
         console.print(table)
+    if parts:
+        _show_profile(console, parts, limit)
     if json_file:
-        json_file.write_text(json.dumps(measure.report(bandwidth, rows, model), indent=2) + "\n")
+        report = measure.report(bandwidth, rows, model, parts)
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
         console.print(f"wrote {json_file}")
     if plot:
         measure.plot(plot, limit, rows)
         console.print(f"wrote {plot}")
+
+
+def _show_instances(console: Any, rows: list[Any]) -> None:
+    title = f"one token, {ops.isa()}, {ops.threads()} threads"
+    table = terminal.table(title, "instance", "what", "rows", "GB/s", "of the limit", left=2)
+    for r in rows:
+        share = f"{100 * r.fraction:.0f} %"
+        table.add_row(r.instance, r.what, f"{r.rows} x {r.columns}", f"{r.gbytes:.1f}", share)
+    console.print(table)
+
+
+def _show_profile(console: Any, p: Any, limit: float) -> None:
+    """A line per kind of module and op, then the sums."""
+    columns = (
+        "calls",
+        "ms",
+        "of the token",
+        "products ms",
+        "rest ms",
+        "MB",
+        "GB/s",
+        "of the limit",
+    )
+    title = f"a decoded token, mean of {p.tokens}"
+    table = terminal.table(title, "in", "op", *columns, left=2)
+
+    def row(*names: str, calls: str, seconds: float, products: float, nbytes: float) -> None:
+        rate = nbytes / products / 1e9 if products else 0.0
+        rates = (f"{products * 1e3:.3f}", f"{(seconds - products) * 1e3:.3f}")
+        reading = (f"{nbytes / 1e6:,.1f}", f"{rate:.1f}", f"{rate / limit:.0%}")
+        share = f"{seconds / p.seconds:.1%}"
+        reading = reading if rate else ()
+        table.add_row(*names, calls, f"{seconds * 1e3:.3f}", share, *rates, *reading)
+
+    for x in p.lines:
+        row(x.kind, x.op, calls=f"{x.calls:g}", seconds=x.seconds, products=x.product_seconds,
+            nbytes=x.nbytes)  # fmt: skip
+    row("torch and Python", "", calls="", seconds=p.python_seconds, products=0.0, nbytes=0.0)
+    calls = f"{sum(x.calls for x in p.lines):g}"
+    row("in all", "", calls=calls, seconds=p.seconds, products=p.product_seconds, nbytes=p.nbytes)
+    console.print(table)
+    outside = p.seconds - p.product_seconds
+    console.print(
+        f"outside products with weights: {outside * 1e3:.2f} ms of {p.seconds * 1e3:.2f} ms, "
+        f"{outside / p.seconds:.1%}"
+    )

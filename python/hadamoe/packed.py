@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _cpu
 from .errors import ContractError, UnsupportedError
-from .weight import Instance, Part, Rotation, Weight
+from .weight import Instance, Part, Rotation, Weight, root_of
 
 PART_FIELDS = 12  # csrc/core/abi.h, hm_part
 
@@ -53,14 +53,6 @@ class PackedWeight:
     in_features: int
 
 
-def _root(array: np.ndarray) -> np.ndarray:
-    """The array that owns or maps the memory ``array`` is a view of."""
-    root = array
-    while isinstance(root.base, np.ndarray):
-        root = root.base
-    return root
-
-
 class _Buffers:
     """Finds or adds the buffer an array lives in."""
 
@@ -73,7 +65,7 @@ class _Buffers:
             return -1, 0
         if not array.flags.c_contiguous:
             raise ContractError("pack: array is not contiguous, needs row-major memory")
-        root = _root(array)
+        root = root_of(array)
         known = self._known.get(id(root))
         if known is None:
             if not root.flags.c_contiguous:

@@ -19,6 +19,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
 from . import formats, ops
 from .errors import ContractError, FormatError, UnsupportedError
 from .formats import ModelFiles
+from .resident import Progress, make_resident
 from .torch_layers import Attention, GatedDeltaNet, QEmbedding, QLinear, SparseMoeBlock
 from .weight import Weight, fuse_rows
 
@@ -30,6 +31,8 @@ def load(
     device: str | torch.device = "cpu",
     rope: dict[str, Any] | None = None,
     vision: bool = True,
+    resident: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, Any]:
     """Opens a checkpoint directory as a transformers model; reads no weight until it is used.
 
@@ -41,6 +44,8 @@ def load(
         rope: overrides merged into the text model's rope parameters, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
         vision: False leaves the vision tower out.
+        resident: copies the weights into memory now instead of leaving them in their mapped files.
+        progress: called with (bytes read, bytes in all) while that happens.
 
     Returns:
         (model, tokenizer): `Qwen3_5MoeForConditionalGeneration` where the files hold a vision
@@ -49,10 +54,19 @@ def load(
     Raises:
         FormatError: the files are not what their format promises.
         UnsupportedError: a device, framework or kernel instance this build has no code for.
+        DeviceError: resident weights need more memory than is available.
     """
     check_device(device)
     with _no_collection():
-        return _open(Path(path), dtype, rope, vision)
+        files = formats.read(path)
+        census(files)
+        values = formats.with_rope(files.config, rope) if rope else files.config
+        config = _config(Path(path), values)
+        dtype = _dtype(dtype, config)
+        vision = vision and bool(files.vision)
+        if resident:
+            make_resident(files, vision=vision, progress=progress)
+        return _build(Path(path), files, config, dtype, vision)
 
 
 @contextmanager
@@ -68,14 +82,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _open(
-    path: Path, dtype: Any, rope: dict[str, Any] | None, vision: bool
+def _build(
+    path: Path, files: ModelFiles, config: Qwen3_5MoeConfig, dtype: torch.dtype, vision: bool
 ) -> tuple[nn.Module, Any]:
-    files = formats.read(path)
-    census(files)
-    config = _config(path, formats.with_rope(files.config, rope) if rope else files.config)
-    dtype = _dtype(dtype, config)
-    vision = vision and bool(files.vision)
     with torch.device("meta"):
         if vision:
             model = hf.Qwen3_5MoeForConditionalGeneration(config)

@@ -222,3 +222,10 @@ def stack_experts(weights: Iterable[Weight]) -> Weight:
                 f"stack_experts: columns={w.columns}, needs {ws[0].columns} and one rotation"
             )
     return replace(ws[0], parts=tuple(p for w in ws for p in w.parts))
+
+
+def root_of(array: np.ndarray) -> np.ndarray:
+    """The array that owns or maps the memory ``array`` is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
