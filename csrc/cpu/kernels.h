@@ -55,35 +55,51 @@ struct GatedDeltaTask {
   float* qkv;            // [batch, count, channels]: q | k | v of the chunk; the rule puts S^T q over v
 };
 
-// One token of qmatmul, prepared once for every row that reads it. The caller provides the memory.
-struct QmatmulInput {
-  float* x;         // [padded]: columns rounded up to 256, zeros behind them
-  int8_t* planes[3];  // AVX-512: x as signed bytes, by layout 0..2; see qmatmul_avx512.h; 64-byte aligned
-  float* lane_sums[3];  // AVX-512: by layout, fixed-point sums of x for each lane of codes
-  float* spread;      // AVX-512: x in layout 3; see qmatmul_avx512_codebook.h; 64-byte aligned
-  int64_t* sums32;    // AVX-512: fixed-point sums of 32 columns, [padded / 32]
-  float* sums;      // sums of x: of 32 columns; AVX-512: fixed point, per level of QmatmulLevels
-  double unit, total;  // AVX-512: of fixed point, and the sum of all columns
+// Where AVX-512's integer sums of a unit of columns begin, and what they become numbers with; see qmatmul_avx512.h.
+struct QmatmulUnit {
+  int32_t start[3];
+  float unit, total;  // of x as fixed point; the sum of x
+  int32_t unused[3];  // two to a cache line
 };
 
-// How AVX-512 wants x: 0..2, bytes, by log2 of the vectors of codes it unpacks from one load of at most 64
-// bytes; 3, f32 for codebooks.
-constexpr int kSpread = 3;
+// One token of qmatmul, prepared once for every row that reads it. The caller provides the memory; AVX-512's
+// arrays are 64-byte aligned and explained in qmatmul_avx512_prepare.h.
+struct QmatmulInput {
+  float* x;            // [padded]: columns rounded up to 256, zeros behind them
+  float* sums;         // [padded / 32]: of 32 columns; AVX-512: units of 128
+  int8_t* planes[3];   // AVX-512: x as three signed bytes, by layout
+  float* spread;       // AVX-512: x for codebooks; see qmatmul_avx512_codebook.h
+  int32_t* sums32;     // AVX-512: sums of the bytes over 32 columns, [padded / 32][4]
+  QmatmulUnit* units;  // AVX-512: of each level in turn, padded / level's columns
+};
+
+// The order in which AVX-512 wants the bytes of x: log2 of the vectors of codes it unpacks from one of words.
+constexpr int kSpread = 3;  // f32 for codebooks
 static inline int qmatmul_layout(int table, int bits) {
   if (table == hm_codebook) return kSpread;
   return table == hm_e2m1_gguf || bits > 4 ? 0 : bits == 2 ? 2 : 1;
 }
-// Columns whose x AVX-512 sums for one scale: a group, or 32 where a block of codes cuts groups.
-static inline int64_t qmatmul_unit(int64_t group, int layout) {
-  return (64 << layout) % group == 0 || group % (64 << layout) == 0 ? group : 32;
-}
 
-// AVX-512 takes the sums of 16 units at a time, so each unit in use is a level of its own.
+// What AVX-512's sums of a unit depend on: its columns, 32, 64 or 128 inside one group, and what is taken off the bytes
+// that stand for codes.
+struct QmatmulLevel {
+  int columns, centre;
+};
+static inline QmatmulLevel qmatmul_level(int table, int bits, int64_t group, bool one_scale_a_row) {
+  const int columns = one_scale_a_row || group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
+  return {columns, table == hm_e2m1 || table == hm_e2m1_gguf ? 12 : 1 << (bits - 1)};
+}
 struct QmatmulLevels {
-  static constexpr int kMost = 8;
+  static constexpr int kMost = 16;
   int count;
-  int64_t unit[kMost];  // multiples of 32
-  static int64_t slots(int64_t padded, int64_t unit) { return padded / unit / 16 * 16 + 16; }
+  QmatmulLevel level[kMost];
+  // Where a level's units begin; `padded` columns, a multiple of 128. Behind the last one where it is not known.
+  int64_t offset(const QmatmulLevel& wanted, int64_t padded) const {
+    int64_t at = 0;
+    for (int i = 0; i < count; at += padded / level[i++].columns)
+      if (level[i].columns == wanted.columns && level[i].centre == wanted.centre) break;
+    return at;
+  }
 };
 
 struct QmatmulPrepare {
@@ -102,7 +118,7 @@ struct QmatmulTask {
   const uint8_t *codes, *codes_end;
   int64_t row_bytes, scale_stride;            // bytes from one row to the next
   const uint8_t *scale, *bias, *codebook;     // nullptr: none
-  int64_t sums_offset;                        // of the unit's level in QmatmulInput::sums
+  int64_t units;                              // where the level's begin in QmatmulInput::units
   const QmatmulInput* const* tokens;
   char* const* out;                           // where each token's result for row 0 goes
   int64_t token_count;

@@ -237,7 +237,7 @@ void qmatmul(const QmatmulTask& task, int64_t begin, int64_t end) {
 
 // ---- tokens
 
-// Sums of x over 32 columns, and over the groups that AVX-512's kernels take 16 at a time.
+// Tokens as f32, and what the kernels for codes want beside them.
 void qmatmul_prepare(const QmatmulPrepare& task, int64_t begin, int64_t end) {
   const int64_t padded = (task.columns + 255) / 256 * 256;
   for (int64_t i = begin; i < end; ++i) {
@@ -247,7 +247,7 @@ void qmatmul_prepare(const QmatmulPrepare& task, int64_t begin, int64_t end) {
     for (int64_t k = task.columns; k < padded; ++k) in.x[k] = 0;
 #if HM_ISA_AVX512
     if (task.layouts >> kSpread & 1) to_spread(in.spread, in.x, padded);
-    if (task.layouts & ((1 << kSpread) - 1)) to_fixed_point(task, in, in.x);
+    if (task.levels.count) to_fixed_point(task, in, in.x);
 #else
     for (int64_t k = 0; k < padded; k += 32) {
       Vec s = zero();

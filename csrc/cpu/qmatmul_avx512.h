@@ -1,276 +1,286 @@
-// Quantized rows times tokens on AVX-512 with VBMI and VNNI. One row of codes, one token:
+// Quantized rows times tokens on AVX-512 with VBMI and VNNI. For 16 rows at once, row r in lane r:
 //
-//   y = unit * sum_g ( scale[g] * ( D[g] + offset * X[g] ) + shift[g] * X[g] ),    D[g] = sum_k u[k] * x[k]
+//   y = sum_g ( scale[g] * ( D[g] * unit[g] ) + shift[g] * X[g] ),    D[g] = sum_k (u[k] - centre) * x[k]
 //
-// x is 32-bit fixed point under one power of two per token, x = 2^24 h + 2^16 m + 2^8 l + k with signed bytes
-// h, m, l, k (qmatmul_avx512_prepare.h): off by at most 2^-31 of the token's largest. Fewer bits would do for
-// even tokens, but real ones have columns 10 to 100 times the rest. u is the code itself, or twice an E2M1
-// number above the smallest one, so it is unsigned, and vpdpbusd adds 4 products u8*s8 into each of 16 int32
-// lanes: D is exact. X[g] is the sum of x over the group. The offset is -2^(bits-1) (E2M1: its smallest), so
-// that what is left of the bias, shift = bias - scale * offset, is small where numbers lie about zero: a
-// difference of two large terms would keep the roundings of both. It is taken off lane by lane. Codebooks
-// have entries no byte holds: qmatmul_avx512_codebook.h.
+// x is 24-bit fixed point in three signed bytes h m l, with a unit for each 128 columns (qmatmul_avx512_prepare.h).
+// u is the code, or twice an E2M1 number above the smallest, an unsigned byte (qmatmul_avx512_codes.h). No byte holds
+// entries of a codebook: qmatmul_avx512_codebook.h. vpdpbusd adds 4 products
+// u8 * s8 into each of 16 int32 lanes: the rows' words of 4 codes times one dword of x. X[g] is the sum of x over the
+// group and shift what is left of the bias when codes count from their middle: a difference of two large terms would
+// keep the roundings of both. The centre is taken off as integers: sums start at -centre * sum(x).
 //
-// Codes are unpacked in blocks: one load of at most 64 bytes gives U = 1, 2 or 4 vectors of 64 codes (5 to 8
-// bits; 3 and 4; 2). Codes of 2, 4 and 8 bits fill bytes and need shifts or nothing. For 3, 5 and 6 vpermb
-// brings the bytes of a lane's 4 U codes into it, once; for each vector vpmultishiftqb takes 8 bits at the
-// first bit of every U-th code. Bits above the code are masked off, or ignored by a 64-entry table that
-// repeats itself. Byte i of vector s is code U * i + s of the block: a lane sees one group only, and a block
-// joins its scales once:
+//         codes of 16 rows, one load each    16 x 16 transpose        1..4 vectors of u8     per token
+//   row 0  | word 0 | word 1 | ... | 15 |    word w of rows 0..15  -> shift, mask, look up -> += u * x[h], x[m], x[l]
+//   ...
+//   row 15 | word 0 | word 1 | ... | 15 |
 //
-//   U = 4, groups of 64:   lane 0..3 | 4..7 | 8..11 | 12..15   x   vector 0..3
-//                          group 0   | 1    | 2     | 3            4 codes each
+// A unit of columns (32, 64 or 128, inside one group) is an exact integer for each of h, m and l. It becomes f32 in one
+// way, and y adds units in order. So a result has the same bits however many tokens, rows or threads share a call.
 //
-// Tokens are stored in the same order, [padded / 64][h m l k][64], once for each U in use.
-//
-// One core must turn ~25 GB/s of codes into products: for 2 bits that is 64 codes in 3 cycles. Bytes per
-// 64 codes: 8*bits of codes from memory, 256 of x from L1. A call owns rows [begin, end) for every token
-// of the task; 16 rows are reduced together.
+// One core must turn ~30 GB/s of codes into products. For 64 codes: 3 vpdpbusd, 4 / V shuffles
+// of the transpose, 1 or 2 to unpack. Bytes: 8 * bits from memory, 192 of x from L1. More than four tokens unpack
+// a panel once and pass over it four tokens at a time.
 #pragma once
 #include "qmatmul_avx512_codebook.h"
 
 namespace hm {
 namespace {
 
-constexpr int kRunVectors = 32;  // int32 lanes hold 32 * 4 * 255 * 128 << 8
+constexpr int64_t kFar = 32768;    // bytes from a row to what is fetched from memory meanwhile
+constexpr int kDirect = 4;         // tokens that take codes as they are unpacked
+constexpr int kPanel = 2048;       // columns whose scales are turned at once, or half of them unpacked
+constexpr int kMostGroups = kPanel / 32 + 64;  // that meet a panel, and what a load of them exceeds
+constexpr int kTokenBlock = 256;   // tokens that share unpacked codes
 
-// What a row needs besides its codes.
-struct RowScales {
-  const uint8_t *codes, *scale, *bias;
-  float norm;  // power of two that keeps scale * sum inside f32
+// Integer sums of one unit: h m l. A token by itself has two sets, of even and odd words, or a sum would wait for the
+// one before.
+template <int kTokens>
+struct Sums {
+  static constexpr int kSets = kTokens == 1 ? 2 : 1;
+  __m512i s[kTokens][kSets][3];
 };
 
-// Scales of up to 16 units from `first` on; their shifts times the sums of x are added to row.
+// acc + u * four columns, 4 bytes at x.
+HM_INLINE __m512i dot(__m512i acc, __m512i u, const int8_t* x) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
+  return acc;
+}
+
+// The products of one vector of codes with kTokens tokens.
 template <int kTokens>
-HM_INLINE __m512 next_scales(const QmatmulTask& task, const UnpackPlan& c, const RowScales& r, int64_t first,
-                             int count, const float* const* sums, RowSums (&row)[kTokens], __m512& top) {
-  __m512 scale = load_unit_scales(task, c, r.scale, first, count);
-  top = _mm512_max_ps(top, _mm512_abs_ps(scale));
-  scale = mul(scale, splat(r.norm));
-  if (!c.has_shift) return scale;
-  const __m512 bias = r.bias ? load_unit_scales(task, c, r.bias, first, count) : zero();
-  const __m512 shift = fma(scale, splat(-c.offset), mul(bias, splat(r.norm)));
+HM_INLINE void multiply(__m512i u, const int8_t* const (&x)[kTokens], int64_t at, int set, Sums<kTokens>& sums) {
   HM_UNROLL
-  for (int t = 0; t < kTokens; ++t) row[t].shift = fma(shift, load(sums[t] + first), row[t].shift);
-  return scale;
+  for (int t = 0; t < kTokens; ++t) HM_UNROLL
+  for (int p = 0; p < 3; ++p) sums.s[t][set][p] = dot(sums.s[t][set][p], u, x[t] + at + 4 * p);
 }
 
-// One row whose blocks hold several scales each, or exactly one: every lane has its own.
-template <int kKind, int kTokens, int kFold>
-HM_INLINE void split_row(const QmatmulTask& task, const UnpackPlan& c, const Unpacker<kFold>& unpacker,
-                         const RowScales& r, const Planes* x, const float* const* sums,
-                         RowSums (&row)[kTokens], __m512& top) {
-  constexpr int64_t kWidth = 64 << kFold;
-  const __m512i step = _mm512_set1_epi32(c.units_per_block);
-  const __mmask64 bytes = c.whole;
-  const int64_t stride = c.stride;
-  const uint8_t* p = r.codes;
-  int64_t block = 0, at = 0;
-  const __m512 offset = splat(c.offset);
-  for (int64_t first = 0; first < c.units; first += 16) {
-    const int count = int(c.units - first < 16 ? c.units - first : 16);
-    const __m512 scale = next_scales<kTokens>(task, c, r, first, count, sums, row, top);
-    __m512i which = c.unit_of_lane;
-    auto next = [&](__mmask64 live) __attribute__((always_inline)) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T1);
-      add_scaled_block<kKind, kTokens, kFold>(unpacker, p, live, x, at, offset,
-                                              _mm512_permutexvar_ps(which, scale), row);
-      which = _mm512_add_epi32(which, step);
-      p += stride;
-      at += 4 * kWidth;
-    };
-    const int64_t end = ((first + count) * c.unit + kWidth - 1) / kWidth;
-    const int64_t whole = end < c.blocks ? end : c.blocks;
-    for (; block < whole; ++block) next(bytes);
-    if (block < end) next(c.tail), ++block;
+// How a task's columns fall into units and groups.
+struct Grid {
+  int unit;           // columns
+  int per_group;      // units
+  bool whole_row;     // one scale a row: it joins at the end
+  bool has_shift;
+  int64_t row_bytes;  // of codes: what may be read of a row
+  float centre;
+};
+
+template <class C>
+inline Grid plan_grid(const QmatmulTask& task, const CodePlan& c) {
+  Grid g;
+  g.whole_row = task.group == task.columns && task.table != hm_e2m1_gguf;
+  g.unit = qmatmul_level(task.table, C::kBits, task.group, g.whole_row).columns;
+  g.per_group = g.whole_row ? 1 : int(task.group / g.unit);
+  g.has_shift = task.table == hm_linear;
+  g.row_bytes = C::kGguf ? task.columns / 32 * 17 : (task.columns * C::kBits + 7) / 8;
+  g.centre = float(c.centre);
+  return g;
+}
+
+// Up to 16 rows of codes over a panel of columns.
+template <class C>
+struct Panel {
+  const QmatmulTask& task;
+  const CodePlan& c;
+  const Grid& grid;
+  const uint8_t* codes;  // of the first row
+  int rows;
+  int64_t first, end;  // columns
+  alignas(64) float scale[kMostGroups][16], shift[kMostGroups][16];  // of the groups that meet the panel
+  __m512i* unpacked;
+
+  int64_t chunks() const { return (end - first + C::kColumns - 1) / C::kColumns; }
+
+  HM_INLINE void load(int64_t i, __m512i (&tile)[16]) const {
+    const int64_t at = (first / C::kColumns + i) * C::kStride;
+    const uint8_t* far = codes + i * 16 * C::kStride + kFar;
+    load_chunk<C>(c, codes + at, task.row_bytes, rows, grid.row_bytes - at, far < task.codes_end ? far : codes, tile);
   }
-}
 
-// One row whose groups are several whole blocks.
-template <int kKind, int kTokens, int kFold>
-HM_INLINE void run_row(const QmatmulTask& task, const UnpackPlan& c, const Unpacker<kFold>& unpacker,
-                       const RowScales& r, const Planes* x, const float* const* sums,
-                       RowSums (&row)[kTokens], __m512& top) {
-  constexpr int64_t kMost = kRunVectors >> kFold;
-  const uint8_t* p = r.codes;
-  int64_t at = 0;
-  const __m512 offset = splat(c.offset);
-  Sums<kTokens> s;
-  for (int64_t first = 0; first < c.units; first += 16) {
-    const int count = int(c.units - first < 16 ? c.units - first : 16);
-    const __m512 scale = next_scales<kTokens>(task, c, r, first, count, sums, row, top);
-    for (int j = 0; j < count; ++j) {
-      const __m512 one = _mm512_permutexvar_ps(_mm512_set1_epi32(j), scale);
-      for (int64_t left = c.blocks_per_unit; left > 0; left -= kMost) {
-        s.clear();
-        __m512 lanes[kTokens] = {};
-        for (int64_t i = left < kMost ? left : kMost; i > 0; --i) {
-          _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T1);
-          add_block<kKind, kTokens, kFold>(unpacker, p, c.whole, x, at, s, lanes);
-          p += c.stride;
-          at += 256 << kFold;
-        }
-        flush<kTokens>(s, lanes, offset, one, row);
-      }
-    }
-  }
-}
-
-// One row under one scale, which the caller applies. Two sets of sums for one token: see kChains.
-template <int kKind, int kTokens, int kFold>
-HM_INLINE void whole_row(const UnpackPlan& c, const Unpacker<kFold>& unpacker, const uint8_t* p,
-                         const Planes* x, RowSums (&row)[kTokens]) {
-  constexpr int kSets = kTokens == 1 ? 2 : 1;
-  constexpr int64_t kMost = kRunVectors >> kFold;
-  const __mmask64 bytes = c.whole;
-  const int64_t stride = c.stride;
-  int64_t left = c.blocks, at = 0;
-  const __m512 offset = splat(c.offset);
-  bool tail = c.has_tail;
-  __m512 lanes[kTokens];  // one order of additions whatever the number of sets
-  auto next = [&](__mmask64 live, Sums<kTokens>& s) __attribute__((always_inline)) {
-    _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T1);
-    add_block<kKind, kTokens, kFold>(unpacker, p, live, x, at, s, lanes);
-    p += stride;
-    at += 256 << kFold;
-  };
-  while (left > 0 || tail) {
-    Sums<kTokens> s[kSets];
-    HM_UNROLL
-    for (int i = 0; i < kSets; ++i) s[i].clear();
-    HM_UNROLL
-    for (int t = 0; t < kTokens; ++t) lanes[t] = zero();
-    const int64_t blocks = left < kMost ? left : kMost;
-    for (int64_t i = 0; i + 2 <= blocks; i += 2) {
-      next(bytes, s[0]);
-      next(bytes, s[kSets - 1]);
-    }
-    left -= blocks;
-    if (blocks & 1) {
-      next(bytes, s[0]);
-    } else if (tail && blocks < kMost) {
-      next(c.tail, s[0]);
-      tail = false;
-    }
-    if (kSets == 2) {
+  void unpack_all() {
+    __m512i* to = unpacked;
+    for (int64_t i = 0; i < chunks(); ++i) {
+      __m512i tile[16];
+      load(i, tile);
       HM_UNROLL
-      for (int k = 0; k < 4; ++k) s[0].s[0][k] = _mm512_add_epi32(s[0].s[0][k], s[1].s[0][k]);
+      for (int w = 0; w < 16; ++w) HM_UNROLL
+      for (int s = 0; s < C::kVectors; ++s) _mm512_store_si512(to++, unpack<C>(c, tile[w], s));
     }
-    flush<kTokens>(s[0], lanes, offset, splat(1.0f), row);
+  }
+
+  void load_scales(int64_t row) {
+    if (grid.whole_row) return;
+    const int64_t group = first / task.group;
+    const int count = int((end - 1) / task.group - group + 1);
+    const int64_t size = task.scale_type == hm_f32 ? 4 : task.scale_type == hm_e8m0 ? 1 : 2;
+    const int64_t at = row * task.scale_stride + group * size;
+    if (C::kGguf)
+      turn_block_scales(codes + 17 * group, task.row_bytes, rows, count, scale);
+    else
+      turn_scales(task.scale + at, task.scale_stride, rows, count, task.scale_type, scale);
+    if (c.unit != 1)
+      for (int i = 0; i < count; ++i) _mm512_store_ps(scale[i], mul(_mm512_load_ps(scale[i]), splat(c.unit)));
+    if (!grid.has_shift) return;
+    if (task.bias) turn_scales(task.bias + at, task.scale_stride, rows, count, task.scale_type, shift);
+    for (int i = 0; i < count; ++i)
+      _mm512_store_ps(shift[i], fma(_mm512_load_ps(scale[i]), splat(grid.centre),
+                                    task.bias ? _mm512_load_ps(shift[i]) : zero()));
+  }
+};
+
+template <int kTokens>
+HM_INLINE void begin_unit(const QmatmulUnit* const (&unit)[kTokens], Sums<kTokens>& sums) {
+  HM_UNROLL
+  for (int t = 0; t < kTokens; ++t) HM_UNROLL
+  for (int p = 0; p < 3; ++p) {
+    sums.s[t][0][p] = _mm512_set1_epi32(unit[t]->start[p]);
+    if constexpr (kTokens == 1) sums.s[t][1][p] = _mm512_setzero_si512();
   }
 }
 
-// Sums reach 2^48: where a row's scales lie near an end of f32 (E8M0 spans 2^-127 to 2^127) they must
-// move to the middle first. `largest` has the largest of them, in 16 lanes.
-inline bool extreme(__m512 largest) {
-  return _mm512_cmp_ps_mask(largest, splat(0x1p60f), _CMP_GT_OQ) ||
-         _mm512_cmp_ps_mask(largest, splat(0x1p-60f), _CMP_LT_OQ) == 0xffff;
-}
-
-// y[i] = sum[i] * factor[i] + (bias[i] + centre * factor[i]) * total, in units of x; f64 because a unit may
-// be 2^-180. Only rows under one scale have the second term here.
-inline void finish(const QmatmulTask& task, const QmatmulInput& in, __m512 sum, __m512 factor, __m512 bias,
-                   double centre, char* out, int count) {
-  const __m512d total = _mm512_set1_pd(in.total), unit = _mm512_set1_pd(in.unit);
-  __m256 half[2];
-  for (int i = 0; i < 2; ++i) {
-    auto wide = [&](__m512 v) {
-      return _mm512_cvtps_pd(i ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
-    };
-    const __m512d shift = _mm512_add_pd(wide(bias), _mm512_mul_pd(wide(factor), _mm512_set1_pd(centre)));
-    const __m512d v = _mm512_add_pd(_mm512_mul_pd(wide(sum), wide(factor)), _mm512_mul_pd(shift, total));
-    half[i] = _mm512_cvtpd_ps(_mm512_mul_pd(v, unit));
+// D of token t.
+template <int kTokens>
+HM_INLINE __m512 end_unit(const Sums<kTokens>& sums, int t) {
+  __m512i s[3];
+  HM_UNROLL
+  for (int p = 0; p < 3; ++p) {
+    s[p] = sums.s[t][0][p];
+    if constexpr (kTokens == 1) s[p] = _mm512_add_epi32(s[p], sums.s[t][1][p]);
   }
-  const __m512 y = _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
-  store_rows(task, y, out, count);
+  const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(s[0], 8), s[1]);
+  return fma(_mm512_cvtepi32_ps(high), splat(256), _mm512_cvtepi32_ps(s[2]));
 }
 
-enum RowKind { kSplit, kRun, kWhole };
-
-// Rows [begin, begin + count), count <= 16, for tokens [first, first + kTokens).
-template <int kKind, int kTokens, int kFold, int kRow>
-void sixteen_rows(const QmatmulTask& task, const UnpackPlan& c, int64_t begin, int count, int64_t first) {
-  const Unpacker<kFold> unpacker(c);
-  Planes x[kTokens];
-  const float* sums[kTokens];
+// Adds a panel's products to y[t], 16 rows of each of kTokens tokens. kWords: of a unit. A function by itself, or
+// the compiler runs out of registers for what goes on around it.
+template <class C, int kWords, int kTokens, bool kUnpacked>
+__attribute__((noinline)) void pass(const Panel<C>& panel, const QmatmulInput* const* tokens, float (*y)[16]) {
+  constexpr int kStep = kWords < 16 ? kWords : 16, kWordBytes = 12 * C::kVectors;  // words of codes; bytes of x
+  constexpr int kUnit = 4 * C::kVectors * kWords;
+  const CodePlan c = panel.c;
+  const bool whole_row = panel.grid.whole_row, has_shift = panel.grid.has_shift && !whole_row;
+  const int per_group = panel.grid.per_group;
+  const int8_t* x[kTokens];
+  const QmatmulUnit* unit[kTokens];
+  __m512 row[kTokens];
+  int64_t column = panel.first, at = 0;
+  HM_UNROLL
   for (int t = 0; t < kTokens; ++t) {
-    x[t] = {task.tokens[first + t]->planes[kFold], task.tokens[first + t]->lane_sums[kFold]};
-    sums[t] = task.tokens[first + t]->sums + task.sums_offset;
+    x[t] = tokens[t]->planes[C::kLayout] + column / (4 * C::kVectors) * kWordBytes;
+    unit[t] = tokens[t]->units + panel.task.units + column / kUnit;
+    row[t] = _mm512_load_ps(y[t]);
   }
-  __m512 lanes[kTokens][16];
-  alignas(64) float factor[16];
-  for (int i = 0; i < 16; ++i) {
-    factor[i] = 1;
-    if (i >= count)
-      for (int t = 0; t < kTokens; ++t) lanes[t][i] = zero();
-  }
-  const uint8_t* codes = task.codes + begin * task.row_bytes;
-  for (int i = 0; i < count; ++i, codes += task.row_bytes) {
-    const int64_t side = (begin + i) * task.scale_stride;
-    RowScales r{codes, task.scale ? task.scale + side : codes, task.bias ? task.bias + side : nullptr, 1.0f};
-    RowSums row[kTokens];
-    for (;;) {
-      HM_UNROLL
-      for (int t = 0; t < kTokens; ++t) row[t] = {zero(), zero()};
-      __m512 top = zero();
-      if constexpr (kRow == kWhole) whole_row<kKind, kTokens, kFold>(c, unpacker, codes, x, row);
-      if constexpr (kRow == kRun) run_row<kKind, kTokens, kFold>(task, c, unpacker, r, x, sums, row, top);
-      if constexpr (kRow == kSplit) split_row<kKind, kTokens, kFold>(task, c, unpacker, r, x, sums, row, top);
-      if (kRow == kWhole || !extreme(top) || r.norm != 1 || max_of(top) == 0) break;
-      r.norm = max_of(top) > 1 ? 0x1p-64f : 0x1p64f;
-      factor[i] = 1 / r.norm;
-    }
+  Sums<kTokens> sums;
+  int group = 0, left = per_group - int(column / kUnit % per_group);
+  const __m512i* words = panel.unpacked;
+  for (int64_t i = 0, chunks = panel.chunks(); i < chunks; ++i) {
+    __m512i tile[16];
+    if (!kUnpacked) panel.load(i, tile);
     HM_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      lanes[t][i] = mul(row[t].products, splat(c.unit_of_u));
-      if (kRow != kWhole) lanes[t][i] = add(row[t].shift, lanes[t][i]);
+    for (int w0 = 0; w0 < 16; w0 += kStep) {
+      if (column >= panel.end) break;
+      if (kWords <= 16 || column % kUnit == 0) begin_unit<kTokens>(unit, sums);
+      HM_UNROLL
+      for (int w = 0; w < kStep; ++w) HM_UNROLL
+      for (int s = 0; s < C::kVectors; ++s) {
+        const __m512i u = kUnpacked ? _mm512_load_si512(words + w * C::kVectors + s) : unpack<C>(c, tile[w0 + w], s);
+        multiply<kTokens>(u, x, at + w * kWordBytes + 12 * s, kTokens == 1 ? w % 2 : 0, sums);
+      }
+      at += kStep * kWordBytes;
+      words += kStep * C::kVectors;
+      column += 4 * C::kVectors * kStep;
+      if (kWords > 16 && column % kUnit && column < panel.end) continue;
+      HM_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 d = mul(end_unit<kTokens>(sums, t), splat(unit[t]->unit));
+        row[t] = whole_row ? add(row[t], d) : fma(d, _mm512_load_ps(panel.scale[group]), row[t]);
+        if (has_shift) row[t] = fma(_mm512_load_ps(panel.shift[group]), splat(unit[t]->total), row[t]);
+        ++unit[t];
+      }
+      if (--left == 0) ++group, left = per_group;
     }
   }
-  __m512 scale = _mm512_load_ps(factor), bias = zero();
-  if (kRow == kWhole) {
-    scale = load_scales(task.scale, begin, count, task.scale_type);
-    if (task.bias) bias = load_scales(task.bias, begin, count, task.scale_type);
+  HM_UNROLL
+  for (int t = 0; t < kTokens; ++t) _mm512_store_ps(y[t], row[t]);
+}
+
+// All tokens, four at a time; a last group that is not full repeats its first token into rows nobody reads.
+template <class C, int kWords>
+void pass_all(const Panel<C>& panel, const QmatmulInput* const* tokens, int count, float (*y)[16]) {
+  if (count == 1) return pass<C, kWords, 1, false>(panel, tokens, y);
+  for (int t = 0; t < count; t += 4) {
+    const QmatmulInput* four[4];
+    for (int i = 0; i < 4; ++i) four[i] = tokens[t + i < count ? t + i : t];
+    count > kDirect ? pass<C, kWords, 4, true>(panel, four, y + t) : pass<C, kWords, 4, false>(panel, four, y + t);
   }
-  const double centre = kRow == kWhole && c.has_shift ? -double(c.offset) : 0;
+}
+
+// Scales of whole rows, and 16 rows of each token to memory.
+inline void finish(const QmatmulTask& task, const CodePlan& c, const Grid& g, int64_t row, int rows, int64_t first, int count,
+                   float (*y)[16]) {
   const int64_t item = task.out_type == hm_f32 ? 4 : 2;
-  for (int t = 0; t < kTokens; ++t)
-    finish(task, *task.tokens[first + t], sum16(lanes[t]), scale, bias, centre,
-           task.out[first + t] + begin * item, count);
-}
-
-template <int kKind, int kFold, int kRow>
-void rows_of(const QmatmulTask& task, const UnpackPlan& c, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; n += 16) {
-    const int count = int(end - n < 16 ? end - n : 16);
-    int64_t t = 0;
-    for (; t + 4 <= task.token_count; t += 4) sixteen_rows<kKind, 4, kFold, kRow>(task, c, n, count, t);
-    for (; t + 2 <= task.token_count; t += 2) sixteen_rows<kKind, 2, kFold, kRow>(task, c, n, count, t);
-    for (; t < task.token_count; ++t) sixteen_rows<kKind, 1, kFold, kRow>(task, c, n, count, t);
+  __m512 scale = zero(), shift = zero();
+  if (g.whole_row) {
+    scale = row_scales(task.scale + row * task.scale_stride, rows, task.scale_type);
+    if (task.bias) shift = row_scales(task.bias + row * task.scale_stride, rows, task.scale_type);
+    shift = fma(scale, splat(g.centre), shift);
+    scale = mul(scale, splat(c.unit));
+  }
+  for (int t = 0; t < count; ++t) {
+    if (g.whole_row) {
+      __m512 v = mul(_mm512_load_ps(y[t]), scale);
+      if (g.has_shift) {
+        float total = 0;
+        const QmatmulInput& in = *task.tokens[first + t];
+        for (int64_t i = 0; i * g.unit < task.columns; ++i) total += in.units[task.units + i].total;
+        v = fma(shift, splat(total), v);
+      }
+      _mm512_store_ps(y[t], v);
+    }
+    narrow(y[t], task.out[first + t] + row * item, rows, Dtype(task.out_type));
   }
 }
 
-template <int kKind, int kFold>
-void quantized_rows(const QmatmulTask& task, const UnpackPlan& c, int64_t begin, int64_t end) {
-  constexpr int64_t kWidth = 64 << kFold;
-  if (task.group == task.columns && task.table != hm_e2m1_gguf)
-    return rows_of<kKind, kFold, kWhole>(task, c, begin, end);
-  if (task.group > kWidth && task.group % kWidth == 0)
-    return rows_of<kKind, kFold, kRun>(task, c, begin, end);
-  rows_of<kKind, kFold, kSplit>(task, c, begin, end);
+template <class C>
+void rows_of(const QmatmulTask& task, const CodePlan& c, int64_t begin, int64_t end) {
+  const Grid grid = plan_grid<C>(task, c);
+  alignas(64) __m512i unpacked[kPanel / 8];  // half a panel
+  alignas(64) float y[kTokenBlock + 3][16];
+  Panel<C> panel{task, c, grid, nullptr, 0, 0, 0, {}, {}, unpacked};
+  for (int64_t row = begin; row < end; row += 16) {
+    panel.rows = int(end - row < 16 ? end - row : 16);
+    panel.codes = task.codes + row * task.row_bytes;
+    for (int64_t t = 0; t < task.token_count; t += kTokenBlock) {
+      const int count = int(task.token_count - t < kTokenBlock ? task.token_count - t : kTokenBlock);
+      memset(y, 0, size_t(count + 3) * sizeof y[0]);
+      const int64_t width = count > kDirect ? kPanel / 2 : kPanel;
+      for (panel.first = 0; panel.first < task.columns; panel.first = panel.end) {
+        panel.end = panel.first + width < task.columns ? panel.first + width : task.columns;
+        panel.load_scales(row);
+        if (count > kDirect) panel.unpack_all();
+        const QmatmulInput* const* tokens = task.tokens + t;
+        if (grid.unit == 128) pass_all<C, 32 / C::kVectors>(panel, tokens, count, y);
+        if (grid.unit == 64) pass_all<C, 16 / C::kVectors>(panel, tokens, count, y);
+        if (grid.unit == 32) pass_all<C, 8 / C::kVectors>(panel, tokens, count, y);
+      }
+      finish(task, c, grid, row, panel.rows, t, count, y);
+    }
+  }
 }
 
 void qmatmul_quantized(const QmatmulTask& task, int64_t begin, int64_t end) {
   if (task.table == hm_codebook) return qmatmul_codebook(task, begin, end);
-  UnpackPlan c;
-  const UnpackKind kind = plan_unpack(task, c);
-  const int fold = qmatmul_layout(task.table, task.bits);
-  if (kind == kShiftedTable) return quantized_rows<kShiftedTable, 1>(task, c, begin, end);
-  if (kind == kTable) return quantized_rows<kTable, 0>(task, c, begin, end);
-  if (kind == kByte) return quantized_rows<kByte, 0>(task, c, begin, end);
-  if (kind == kShiftedCode && fold == 2) return quantized_rows<kShiftedCode, 2>(task, c, begin, end);
-  if (kind == kShiftedCode) return quantized_rows<kShiftedCode, 1>(task, c, begin, end);
-  if (fold == 1) return quantized_rows<kCode, 1>(task, c, begin, end);
-  quantized_rows<kCode, 0>(task, c, begin, end);
+  CodePlan c;
+  plan_codes(task, c);
+  if (task.table == hm_e2m1_gguf) return rows_of<Codes<4, true, true>>(task, c, begin, end);
+  if (task.table == hm_e2m1) return rows_of<Codes<4, true>>(task, c, begin, end);
+  switch (task.bits) {
+    case 2: return rows_of<Codes<2>>(task, c, begin, end);
+    case 3: return rows_of<Codes<3>>(task, c, begin, end);
+    case 4: return rows_of<Codes<4>>(task, c, begin, end);
+    case 5: return rows_of<Codes<5>>(task, c, begin, end);
+    case 6: return rows_of<Codes<6>>(task, c, begin, end);
+    default: return rows_of<Codes<8>>(task, c, begin, end);
+  }
 }
 
 }  // namespace

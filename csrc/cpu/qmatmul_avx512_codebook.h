@@ -10,10 +10,12 @@
 // tokens, a block's sum is two chains, and a row adds its blocks in order, each under its scale: the order
 // of additions depends on the column alone, and a long row rounds little.
 #pragma once
-#include "qmatmul_avx512_block.h"
+#include "qmatmul_avx512_scales.h"
 
 namespace hm {
 namespace {
+
+constexpr int64_t kAhead = 4096;  // prefetch distance, bytes
 
 struct Book {
   __m512 table, upper;  // upper: 2 bits, the code in bits 2 and 3 of an index
@@ -136,6 +138,31 @@ HM_INLINE void book_tile(const QmatmulTask& task, const Book& plan, int64_t begi
   next(codes, b.blocks);
 }
 
+// Sums of 16 vectors, in one fixed order.
+inline __m512 sum16(const __m512* a) {
+  __m512 b[8], d[4], e[2];
+  for (int i = 0; i < 8; ++i)
+    b[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+  for (int i = 0; i < 4; ++i)
+    d[i] =
+        add(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xEE));
+  for (int i = 0; i < 2; ++i)
+    e[i] = add(_mm512_shuffle_f32x4(d[2 * i], d[2 * i + 1], 0x88),
+               _mm512_shuffle_f32x4(d[2 * i], d[2 * i + 1], 0xDD));
+  return add(_mm512_shuffle_f32x4(e[0], e[1], 0x88), _mm512_shuffle_f32x4(e[0], e[1], 0xDD));
+}
+
+// y of `count` rows to memory.
+inline void store_rows(const QmatmulTask& task, __m512 y, char* out, int count) {
+  if (task.out_type == hm_f32) {
+    _mm512_mask_storeu_ps(out, __mmask16((1u << count) - 1), y);
+    return;
+  }
+  alignas(64) float f[16];
+  _mm512_store_ps(f, y);
+  narrow(f, out, count, Dtype(task.out_type));
+}
+
 // Rows [begin, begin + count), count <= 16, for tokens [first, first + kTokens).
 template <int kBits, int kTokens, bool kWhole>
 void sixteen_book_rows(const QmatmulTask& task, const Book& b, int64_t begin, int count, int64_t first) {
@@ -160,7 +187,7 @@ void sixteen_book_rows(const QmatmulTask& task, const Book& b, int64_t begin, in
   const int64_t item = task.out_type == hm_f32 ? 4 : 2;
   for (int t = 0; t < kTokens; ++t) {
     __m512 y = sum16(lanes[t]);
-    if (kWhole) y = mul(y, load_scales(task.scale, begin, count, task.scale_type));
+    if (kWhole) y = mul(y, row_scales(task.scale + begin * task.scale_stride, count, task.scale_type));
     store_rows(task, y, task.out[first + t] + begin * item, count);
   }
 }

@@ -18,63 +18,52 @@ bool one_scale_a_row(const hm_part& p, int64_t columns) {
 }  // namespace
 
 void Tokens::add_reader(const Contract& c, const std::string& name, const Parts& weight) {
-  int64_t last = 0;  // most parts repeat the group and width of the one before
-  int last_layout = 0;
+  int64_t last = 0, instance = -1;  // most parts repeat the group and instance of the one before
   for (int64_t i = 0; i < weight.experts * weight.per_expert; ++i) {
     const hm_part& p = weight.parts[i];
     if (p.rows == 0 || kInstances[p.instance].table == hm_plain) continue;
-    const int layout = qmatmul_layout(kInstances[p.instance].table, kInstances[p.instance].bits);
     const int64_t group = group_of(p, columns_);
-    layouts_ |= 1 << layout;
-    if ((group == last && layout == last_layout) || one_scale_a_row(p, columns_)) continue;
+    if (group == last && p.instance == instance) continue;
     last = group;
-    last_layout = layout;
-    const std::string at =
-        "[" + std::to_string(i / weight.per_expert) + "," + std::to_string(i % weight.per_expert) + "]";
-    if (group % 32 || columns_ % group)
-      c.fail(name + at, "has group=" + std::to_string(group) + ", needs " + std::to_string(columns_) +
-                            " or a multiple of 32 that divides it");
-    if (layout == kSpread) continue;  // has no sums of x
-    const int64_t unit = qmatmul_unit(group, layout);
-    int known = 0;
-    while (known < levels_.count && levels_.unit[known] != unit) ++known;
-    if (known == QmatmulLevels::kMost)
-      c.fail(name + at, "is the ninth group size, needs at most 8 in one call");
-    levels_.unit[known] = unit;
-    if (known == levels_.count) ++levels_.count;
+    instance = p.instance;
+    if ((group % 32 || columns_ % group) && !one_scale_a_row(p, columns_))
+      c.fail(name + "[" + std::to_string(i / weight.per_expert) + "," + std::to_string(i % weight.per_expert) + "]",
+             "has group=" + std::to_string(group) + ", needs " + std::to_string(columns_) +
+                 " or a multiple of 32 that divides it");
+    const InstanceInfo& info = kInstances[p.instance];
+    layouts_ |= 1 << qmatmul_layout(info.table, info.bits);
+    if (info.table == hm_codebook) continue;
+    const QmatmulLevel l = level(p);
+    if (levels_.offset(l, padded_) < levels_.offset({}, padded_)) continue;
+    if (levels_.count == QmatmulLevels::kMost)
+      c.fail(name, "mixes more than " + std::to_string(QmatmulLevels::kMost) + " kinds of codes and groups");
+    levels_.level[levels_.count++] = l;
   }
 }
 
-int64_t Tokens::sums_offset(int64_t unit) const {
-  int64_t offset = 0;
-  for (int i = 0; i < levels_.count && levels_.unit[i] != unit; ++i)
-    offset += QmatmulLevels::slots(padded_, levels_.unit[i]);
-  return offset;
+QmatmulLevel Tokens::level(const hm_part& p) const {
+  const InstanceInfo& info = kInstances[p.instance];
+  return qmatmul_level(info.table, info.bits, group_of(p, columns_), one_scale_a_row(p, columns_));
 }
 
 void Tokens::allocate(int64_t count) {
-  int64_t slots = padded_ / 32;  // ISAs without levels keep sums of 32 columns
-  for (int i = 0; i < levels_.count; ++i) slots += QmatmulLevels::slots(padded_, levels_.unit[i]);
+  const int64_t x = 4 * padded_, planes = 3 * padded_, sums = padded_ / 2;
+  const int64_t units = (levels_.offset({}, padded_) + 1) / 2 * 64;
   auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
-  const int64_t size = 4 * padded_, blocks = aligned(padded_ / 4);  // of x in any layout; of sums32
-  int64_t copies = 1;
-  for (int i = 0; i <= kSpread; ++i) copies += layouts_ >> i & 1;
-  int64_t lanes[kSpread], extra = 0;
-  for (int i = 0; i < kSpread; ++i) extra += lanes[i] = layouts_ >> i & 1 ? aligned(padded_ >> i) : 0;
-  const int64_t each = copies * size + extra + blocks + aligned(4 * slots);
-  memory_.reset(new char[size_t(each * count + 64)]);
+  int64_t layouts = 0;
+  for (int i = 0; i < kSpread; ++i) layouts += layouts_ >> i & 1;
+  const int64_t spread = layouts_ >> kSpread ? x : 0;
+  memory_.reset(new char[size_t((x + spread + layouts * planes + sums + units + aligned(padded_ / 8)) * count + 64)]);
   inputs_.resize(size_t(count));
   char* p = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
   auto take = [&](int64_t bytes) { return (p += bytes) - bytes; };
   for (QmatmulInput& in : inputs_) {
-    in.x = reinterpret_cast<float*>(take(size));
-    for (int i = 0; i < kSpread; ++i) {
-      in.planes[i] = reinterpret_cast<int8_t*>(layouts_ >> i & 1 ? take(size) : nullptr);
-      in.lane_sums[i] = reinterpret_cast<float*>(take(lanes[i]));
-    }
-    in.spread = reinterpret_cast<float*>(layouts_ >> kSpread & 1 ? take(size) : nullptr);
-    in.sums32 = reinterpret_cast<int64_t*>(take(blocks));
-    in.sums = reinterpret_cast<float*>(take(aligned(4 * slots)));
+    in.x = reinterpret_cast<float*>(take(x));
+    for (int i = 0; i < 3; ++i) in.planes[i] = reinterpret_cast<int8_t*>(layouts_ >> i & 1 ? take(planes) : nullptr);
+    in.spread = reinterpret_cast<float*>(take(spread));
+    in.sums32 = reinterpret_cast<int32_t*>(take(sums));
+    in.sums = reinterpret_cast<float*>(take(aligned(padded_ / 8)));
+    in.units = reinterpret_cast<QmatmulUnit*>(take(units));
   }
 }
 
@@ -115,9 +104,7 @@ void Products::add(const Parts& weight, int64_t expert, const Buffers& buffers, 
       if (p.bias_buffer >= 0 && instance.table == hm_linear) task.bias = place(p.bias_buffer, p.bias_offset);
       if (instance.table == hm_codebook) task.codebook = place(p.codebook_buffer, p.codebook_offset);
     }
-    const int layout = qmatmul_layout(task.table, task.bits);
-    const int64_t unit = qmatmul_unit(task.group, layout);
-    task.sums_offset = layout == kSpread || one_scale_a_row(p, columns) ? 0 : tokens.sums_offset(unit);
+    if (instance.table != hm_plain) task.units = tokens.units(p);
     task.token_count = int64_t(token.size());
     task.out_type = out_type_;
     tasks_.push_back(task);

@@ -22,9 +22,11 @@ class Tokens {
   void prepare(const void* x, hm_scale type, int64_t begin, int64_t end);
   const QmatmulInput* operator[](int64_t t) const { return &inputs_[size_t(t)]; }
   int64_t columns() const { return columns_; }
-  int64_t sums_offset(int64_t unit) const;
+  // Where the units of a part's level begin.
+  int64_t units(const hm_part& p) const { return levels_.offset(level(p), padded_); }
 
  private:
+  QmatmulLevel level(const hm_part& p) const;
   int64_t columns_, padded_;
   int layouts_ = 0;
   QmatmulLevels levels_{};
