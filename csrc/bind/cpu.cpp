@@ -32,34 +32,115 @@ const hm_op& find(const std::string& name) {
   throw nb::python_error();
 }
 
+// Lends arrays (None for an absent one) to an op.
+void lend(const char* op, const char* what, const std::vector<nb::object>& arrays, std::vector<Array>& held) {
+  for (const nb::object& o : arrays) {
+    try {
+      held.emplace_back(o);
+    } catch (const nb::cast_error&) {  // no array, or one DLPack cannot describe (byte-swapped numbers)
+      const std::string which = std::string(what) + " " + std::to_string(&o - arrays.data());
+      const std::string type = nb::cast<std::string>(nb::str(o.type().attr("__name__")));
+      refuse(std::string(op) + ": " + which + " is " + type + ", needs an array of this machine's own numbers");
+    }
+  }
+}
+
+template <class Run>
+void finish(Run&& run) {
+  const char* problem;
+  {
+    nb::gil_scoped_release release;
+    problem = run();
+  }
+  if (problem) refuse(problem);
+}
+
 // Runs one op: arrays in and out (None for an absent one), then its integers and numbers.
 void call(const std::string& name, const std::vector<nb::object>& in, const std::vector<nb::object>& out,
           const std::vector<int64_t>& ints, const std::vector<double>& floats) {
   const hm_op& op = find(name);
   std::vector<Array> held;
   held.reserve(in.size() + out.size());
-  for (const auto* list : {&in, &out})
-    for (const nb::object& o : *list) {
-      try {
-        held.emplace_back(o);
-      } catch (const nb::cast_error&) {  // no array, or one DLPack cannot describe (byte-swapped numbers)
-        const std::string which = (list == &in ? "input " : "output ") + std::to_string(&o - list->data());
-        const std::string type = nb::cast<std::string>(nb::str(o.type().attr("__name__")));
-        refuse(name + ": " + which + " is " + type + ", needs an array of this machine's own numbers");
-      }
-    }
+  lend(op.name, "input", in, held);
+  lend(op.name, "output", out, held);
   std::vector<DLTensor> tensors;
   tensors.reserve(held.size());
   for (const Array& a : held) tensors.push_back(a.tensor);
-  hm_args args{tensors.data(),         int32_t(in.size()),  tensors.data() + in.size(), int32_t(out.size()),
-               ints.data(),            int32_t(ints.size()), floats.data(),             int32_t(floats.size())};
-  const char* problem;
-  {
-    nb::gil_scoped_release release;
-    problem = op.run(&args);
-  }
-  if (problem) refuse(problem);
+  const hm_args args{tensors.data(), int32_t(in.size()),   tensors.data() + in.size(), int32_t(out.size()),
+                     ints.data(),    int32_t(ints.size()), floats.data(),              int32_t(floats.size())};
+  finish([&] { return op.run(&args); });
 }
+
+// An op whose weights are checked once. `...` stands for the inputs and integers that every call brings.
+class Bound {
+ public:
+  Bound(const std::string& name, const std::vector<nb::object>& in, int outputs, const std::vector<nb::object>& ints,
+        const std::vector<double>& floats)
+      : op_(find(name)), kept_(in), outputs_(outputs), floats_(floats) {
+    if (!op_.bind) throw nb::value_error((name + " cannot be bound").c_str());
+    const nb::handle open(Py_Ellipsis);
+    for (size_t i = 0; i < in.size(); ++i)
+      if (in[i].is(open)) {
+        open_inputs_.push_back(i);
+        kept_[i] = nb::none();
+      }
+    for (size_t i = 0; i < ints.size(); ++i)
+      if (ints[i].is(open)) {
+        open_ints_.push_back(i);
+        ints_.push_back(0);
+      } else {
+        ints_.push_back(nb::cast<int64_t>(ints[i]));
+      }
+    held_.reserve(in.size());
+    lend(op_.name, "input", kept_, held_);
+    for (const Array& a : held_) tensors_.push_back(a.tensor);
+    tensors_.resize(in.size() + size_t(outputs), DLTensor{});
+    const hm_args args = arguments(tensors_, ints_);
+    finish([&] { return op_.bind(&args, &handle_); });
+  }
+  Bound(const Bound&) = delete;
+  ~Bound() {
+    if (handle_) op_.release(handle_);
+  }
+
+  void call(const std::vector<nb::object>& in, const std::vector<nb::object>& out,
+            const std::vector<int64_t>& ints) const {
+    if (in.size() != open_inputs_.size() || int(out.size()) != outputs_ || ints.size() != open_ints_.size())
+      refuse(std::string(op_.name) + ": has " + std::to_string(in.size()) + " inputs, " + std::to_string(out.size()) +
+             " outputs and " + std::to_string(ints.size()) + " ints left, needs " +
+             std::to_string(open_inputs_.size()) + ", " + std::to_string(outputs_) + " and " +
+             std::to_string(open_ints_.size()));
+    std::vector<Array> held;
+    held.reserve(in.size() + out.size());
+    lend(op_.name, "input", in, held);
+    lend(op_.name, "output", out, held);
+    std::vector<DLTensor> tensors(tensors_);
+    std::vector<int64_t> numbers(ints_);
+    for (size_t i = 0; i < in.size(); ++i) tensors[open_inputs_[i]] = held[i].tensor;
+    for (size_t i = 0; i < out.size(); ++i) tensors[kept_.size() + i] = held[in.size() + i].tensor;
+    for (size_t i = 0; i < ints.size(); ++i) numbers[open_ints_[i]] = ints[i];
+    const hm_args args = arguments(tensors, numbers);
+    finish([&] { return op_.call(handle_, &args); });
+  }
+
+  const char* name() const { return op_.name; }
+
+ private:
+  hm_args arguments(std::vector<DLTensor>& tensors, const std::vector<int64_t>& ints) const {
+    return {tensors.data(), int32_t(kept_.size()), tensors.data() + kept_.size(), int32_t(outputs_),
+            ints.data(),    int32_t(ints.size()),  floats_.data(),                int32_t(floats_.size())};
+  }
+
+  const hm_op& op_;
+  std::vector<nb::object> kept_;  // the arrays, alive
+  std::vector<Array> held_;
+  std::vector<DLTensor> tensors_;
+  std::vector<size_t> open_inputs_, open_ints_;
+  std::vector<int64_t> ints_;
+  int outputs_;
+  std::vector<double> floats_;
+  void* handle_ = nullptr;
+};
 
 std::vector<std::tuple<std::string, int, std::string>> instances() {
   std::vector<std::tuple<std::string, int, std::string>> list;
@@ -73,7 +154,14 @@ std::vector<std::tuple<std::string, int, std::string>> instances() {
 }  // namespace hm
 
 NB_MODULE(_cpu, m) {
+  nb::set_leak_warnings(false);  // a model may live until the interpreter ends
   m.def("call", &hm::call, "op"_a, "inputs"_a, "outputs"_a, "ints"_a, "floats"_a);
+  nb::class_<hm::Bound>(m, "Bound")
+      .def(nb::init<const std::string&, const std::vector<nb::object>&, int, const std::vector<nb::object>&,
+                    const std::vector<double>&>(),
+           "op"_a, "inputs"_a, "outputs"_a, "ints"_a, "floats"_a)
+      .def_prop_ro("op", &hm::Bound::name)
+      .def("__call__", &hm::Bound::call, "inputs"_a, "outputs"_a, "ints"_a);
   m.def("ops", [] {
     int32_t count;
     const hm_op* table = hm_op_table(&count);

@@ -43,9 +43,16 @@ struct hm_args {
 // Runs the contract first (nothing is written when it fails), then the kernel.
 // Returns nullptr, or the reason as text owned by the calling thread until its next call.
 typedef const char* (*hm_op_fn)(const hm_args*);
+
+// Ops whose arguments are mostly weights can check those once: bind() reads the arguments that stay (those
+// that change are absent, ints zero) and answers with a handle; call() gets all of them and checks the others;
+// release() ends the handle. Calls may run side by side. The arrays must outlive the handle.
 struct hm_op {
   const char* name;
   hm_op_fn run;
+  const char* (*bind)(const hm_args*, void** bound) = nullptr;  // nullptr: the op cannot be bound
+  const char* (*call)(const void* bound, const hm_args*) = nullptr;
+  void (*release)(void* bound) = nullptr;
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count);

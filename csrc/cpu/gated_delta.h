@@ -67,17 +67,6 @@ void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t first, int n, float*
   to_columns<Taps>(rows, state, n, taps);
 }
 
-inline float sum_of_squares(const float* x, int64_t n) {
-  Vec total = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) total = fma(load(x + i), load(x + i), total);
-  if (i < n) {
-    const Vec v = load_n(x + i, int(n - i));
-    total = fma(v, v, total);
-  }
-  return sum(total);
-}
-
 // Units: sequences times heads, those of q, then k, then v.
 void gated_delta_conv(const GatedDeltaTask& t, int64_t begin, int64_t end) {
   const int64_t heads = 2 * t.hk + t.hv;

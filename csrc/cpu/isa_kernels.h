@@ -4,6 +4,9 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include "norm.h"
+
+#include "attention.h"
 #include "dequantize.h"
 #include "gated_delta.h"
 #include "hadamard.h"
@@ -31,6 +34,11 @@ extern const Kernels HM_TABLE = {
     read_bytes,
     hadamard,
     dequantize,
+    norm_rows,
+    attention_prepare,
+    attention_tiles,
+    attention_parts,
+    attention_join,
     gated_delta_conv,
     gated_delta_rule,
     qmatmul_prepare,

@@ -37,6 +37,47 @@ struct DequantizeTask {
   hm_scale y_dtype;
 };
 
+struct NormTask {
+  const void* x;  // [r, columns]
+  hm_scale x_dtype;
+  const float* gamma;
+  float* y;  // [r, columns]
+  int64_t columns;
+  float eps;
+};
+
+constexpr int64_t kBlockKeys = 128;    // keys whose scores are softened together
+constexpr int64_t kMostHeadDim = 512;  // the model has 256
+
+// Some tokens of every sequence; `stride` and `proj_stride` are the tokens from one sequence to the next.
+struct AttentionTask {
+  const void* proj;  // [batch, proj_stride, proj_width]: (q | gate) per head | k | v
+  void* y;           // [batch, proj_stride, heads * d]
+  hm_scale proj_dtype, y_dtype, cache_dtype;
+  const float *q_norm, *k_norm;  // [d]
+  const float *cos, *sin;        // [batch, stride, rot]
+  const uint8_t* mask;           // [batch, stride, mask_width]: 0 hides a key; nullptr: causal
+  void *keys, *values;           // [batch, kv_heads, capacity, d]; tokens go to past, past + 1, ...
+  int64_t batch, tokens, heads, kv_heads, d, rot, capacity, past;
+  int64_t stride, proj_stride, proj_width, mask_width;
+  float eps, scale;
+  int64_t width;         // d rounded up to 16
+  int64_t tile_tokens;   // queries taken together
+  int64_t blocks;        // of keys, for attention_parts
+  float* q;              // [batch, kv_heads, tokens, heads / kv_heads, width], and 3 rows behind
+  const int64_t* start;  // [batch]: the first key any query sees
+  const int64_t* limit;  // [batch, tokens]: keys a query sees end here
+};
+
+// What a tile's rows (rounded up to 4) found in some keys.
+struct AttentionPart {
+  float *out, *most, *total;  // [rows, width], [rows], [rows]
+};
+struct AttentionWork {
+  float *scores, *copy;  // [rows, kBlockKeys], [kBlockKeys, width]
+  AttentionPart all, next;
+};
+
 constexpr int kMostTaps = 8;     // of the convolution; the model has 4
 constexpr int kMostTokens = 32;  // of a chunk
 
@@ -142,6 +183,7 @@ struct SwigluTask {
 struct CombineTask {
   const float *down, *weight;         // [t, top_k, columns], [t, top_k]
   const float *shared, *shared_gate;  // [t, columns], [t]
+  const float* residual;              // [t, columns], added last; nullptr: none
   char* y;                            // [t, columns]
   hm_scale out_type;
   int64_t columns, top_k;
@@ -152,6 +194,13 @@ struct Kernels {
   void (*read_bytes)(const ReadTask&, int64_t begin, int64_t end);  // blocks
   void (*hadamard)(const HadamardTask&, int64_t begin, int64_t end);  // blocks, or rows where block = 0
   void (*dequantize)(const DequantizeTask&, int64_t begin, int64_t end);  // entries of index
+  void (*norm)(const NormTask&, int64_t begin, int64_t end);  // rows
+  void (*attention_prepare)(const AttentionTask&, int64_t begin, int64_t end);  // tokens
+  void (*attention_tiles)(const AttentionTask&, const AttentionWork&, int64_t begin, int64_t end);  // tiles
+  void (*attention_parts)(const AttentionTask&, const AttentionWork&, const AttentionPart*, int64_t begin,
+                          int64_t end);  // tiles times blocks of keys
+  void (*attention_join)(const AttentionTask&, const AttentionWork&, const AttentionPart*, int64_t begin,
+                         int64_t end);  // tiles
   void (*gated_delta_conv)(const GatedDeltaTask&, int64_t begin, int64_t end);  // heads of q, k, v
   void (*gated_delta_rule)(const GatedDeltaTask&, int64_t begin, int64_t end);  // value heads
   void (*qmatmul_prepare)(const QmatmulPrepare&, int64_t begin, int64_t end);  // tokens

@@ -69,6 +69,7 @@ void moe_combine(const CombineTask& task, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < task.top_k; ++i)
           v = fma(at(task.down + (t * task.top_k + i) * n), splat(task.weight[t * task.top_k + i]), v);
         v = fma(at(task.shared + t * n), gate, v);
+        if (task.residual) v = add(at(task.residual + t * n), v);
         store_n(y + j, v, live);
       }
       narrow(y, task.y + (t * n + k) * item, span, Dtype(task.out_type));

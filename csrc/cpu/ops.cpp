@@ -4,9 +4,13 @@ static const hm_op kOps[] = {
     {"read_bytes", hm::op_read_bytes},
     {"hadamard", hm::op_hadamard},
     {"dequantize", hm::op_dequantize},
+    {"attention", hm::op_attention},
     {"gated_delta", hm::op_gated_delta},
     {"qmatmul", hm::op_qmatmul},
-    {"moe_decode", hm::op_moe_decode},
+    hm::moe_decode_op,
+    hm::moe_block_op,
+    hm::attention_block_op,
+    hm::gated_delta_block_op,
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count) {

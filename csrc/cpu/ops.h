@@ -7,8 +7,11 @@ namespace hm {
 const char* op_read_bytes(const hm_args*);
 const char* op_hadamard(const hm_args*);
 const char* op_dequantize(const hm_args*);
+const char* op_attention(const hm_args*);
 const char* op_gated_delta(const hm_args*);
 const char* op_qmatmul(const hm_args*);
-const char* op_moe_decode(const hm_args*);
+
+// Ops that can be bound.
+extern const hm_op moe_decode_op, moe_block_op, attention_block_op, gated_delta_block_op;
 
 }  // namespace hm

@@ -2,6 +2,7 @@
 //
 //   Vec, kLanes                       zero() splat(f) load(p) store(p, v) load_n(p, n) store_n(p, v, n)
 //   add sub mul fma(a, b, c)=a*b+c    sum(v)   (one fixed order of additions)
+//   max_(a, b)                        sums(v)  lane i: the sum of v[i], i < kLanes; its own fixed order
 //   swap_lanes<H>(v)                  lane i takes lane i ^ H (H < kLanes, a power of two)
 //   load_bf16(p) load_f16(p)          kLanes 16-bit numbers to f32; store_bf16, store_f16 round to even
 //   lookup16(table, codes)            table[code] for kLanes u8 codes < 16, f32[16] table

@@ -22,6 +22,12 @@ inline float sum(Vec v) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec max_(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec sums(const Vec* v) {
+  const Vec a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  const Vec b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
 inline Vec round_(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   __m256i e = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(e, 1);  // two steps: 2^128 is not a float

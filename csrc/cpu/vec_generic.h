@@ -31,6 +31,8 @@ inline float sum(Vec v) {
     for (int i = 0; i < h; ++i) v[i] += v[i + h];
   return v[0];
 }
+inline Vec max_(Vec a, Vec b) { return each([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
+inline Vec sums(const Vec* v) { return each([&](int i) { return sum(v[i]); }); }
 inline Vec round_(Vec a) { return each([&](int i) { return rintf(a[i]); }); }
 inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   return each([&](int i) {

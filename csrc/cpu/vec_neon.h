@@ -21,6 +21,8 @@ inline float sum(Vec v) {
   float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
   return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
 }
+inline Vec max_(Vec a, Vec b) { return vmaxq_f32(a, b); }
+inline Vec sums(const Vec* v) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
 inline Vec round_(Vec a) { return vrndnq_f32(a); }
 inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   int32x4_t e = vcvtq_s32_f32(n), half = vshrq_n_s32(e, 1), bias = vdupq_n_s32(127);  // 2^128 is not a float

@@ -15,6 +15,29 @@ def call(
     Raises ContractError, naming argument and numbers, before anything is written.
     """
 
+class Bound:
+    """An op with the arguments that stay given, and checked, once.
+
+    `...` in ``inputs`` and ``ints`` stands for what every call brings, in that order. The arrays
+    are kept alive; tables of parts are copied. Calls may run side by side.
+    """
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+
+    def __init__(
+        self,
+        op: str,
+        inputs: Sequence[Any],
+        outputs: int,
+        ints: Sequence[Any],
+        floats: Sequence[float],
+    ) -> None: ...
+    def __call__(
+        self, inputs: Sequence[Any], outputs: Sequence[Any], ints: Sequence[int]
+    ) -> None: ...
+
 def ops() -> list[str]:
     """Names of the ops."""
 

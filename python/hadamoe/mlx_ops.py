@@ -117,3 +117,79 @@ def gated_delta(
     ints = [*heads, *head_dims]
     _call("gated_delta", inputs, [y, conv_state, state], ints, [eps])
     return y
+
+
+def _lent(*arrays: Any) -> list:
+    return [mx.contiguous(a) if isinstance(a, mx.array) else a for a in arrays]
+
+
+def attention(
+    proj: mx.array,
+    q_norm: Any,
+    k_norm: Any,
+    cos: Any,
+    sin: Any,
+    mask: Any,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    heads: int,
+    past: int,
+    eps: float,
+) -> mx.array:
+    """`hadamoe.ops.attention`; writes into the memory of ``keys`` and ``values`` (see
+    `gated_delta`)."""
+    y = mx.zeros((*proj.shape[:2], heads * q_norm.shape[-1]), proj.dtype)
+    inputs = _lent(proj, q_norm, k_norm, cos, sin, mask)
+    _call("attention", inputs, [y, keys, values], [heads, past], [eps])
+    return y
+
+
+def attention_block(
+    x: mx.array,
+    per_token: tuple,
+    norm: Any,
+    signs: list,
+    norms: tuple,
+    tables: list,
+    buffers: tuple,
+    keys: mx.array,
+    values: mx.array,
+    ints: list[int],
+    eps: float,
+) -> mx.array:
+    """`hadamoe.ops.attention_block`; writes into ``keys`` and ``values``."""
+    y = mx.zeros(x.shape, x.dtype)
+    inputs = _lent(x, *per_token, norm, *signs, *norms, *tables, *buffers)
+    _call("attention_block", inputs, [y, keys, values], ints, [eps])
+    return y
+
+
+def gated_delta_block(
+    x: mx.array,
+    mask: Any,
+    norm: Any,
+    signs: list,
+    vectors: tuple,
+    tables: list,
+    buffers: tuple,
+    conv_state: mx.array,
+    state: mx.array,
+    ints: list[int],
+    eps: float,
+) -> mx.array:
+    """`hadamoe.ops.gated_delta_block`; writes into ``conv_state`` and ``state``."""
+    y = mx.zeros(x.shape, x.dtype)
+    inputs = _lent(x, mask, norm, *signs, *vectors, *tables, *buffers)
+    _call("gated_delta_block", inputs, [y, conv_state, state], ints, [eps])
+    return y
+
+
+def moe_block(
+    x: mx.array, norm: Any, signs: list, tables: list, buffers: tuple, ints: list[int], eps: float
+) -> mx.array:
+    """`hadamoe.ops.moe_block`."""
+    flat = _rows(x)
+    y = mx.zeros(flat.shape, x.dtype)
+    _call("moe_block", [flat, *_lent(norm, *signs, *tables, *buffers)], [y], ints, [eps])
+    return y.reshape(x.shape)

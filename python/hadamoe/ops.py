@@ -9,25 +9,33 @@ What each op means is written in numpy in `hadamoe.reference`; the CPU code of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import _cpu
 from .errors import ContractError
-from .packed import PackedWeight, instances, pack, supports
-from .weight import Rotation, Weight
+from .machine import MAX_THREADS, isa, isas, set_isa, set_threads, threads
+from .packed import PackedWeight, instances, pack, rotated_columns, supports
+from .roles import AttentionWeights, DeltaWeights, MoeWeights
+from .weight import Weight
 
 __all__ = [
+    "MAX_THREADS",
+    "AttentionWeights",
+    "DeltaWeights",
     "MoeWeights",
     "PackedWeight",
+    "attention",
+    "attention_block",
     "dequantize",
     "gated_delta",
+    "gated_delta_block",
     "hadamard",
     "instances",
     "isa",
     "isas",
+    "moe_block",
     "moe_decode",
     "pack",
     "qmatmul",
@@ -36,37 +44,6 @@ __all__ = [
     "supports",
     "threads",
 ]
-
-
-def isas() -> list[str]:
-    """Instruction sets this machine runs, best last."""
-    return _cpu.isas()
-
-
-def isa() -> str:
-    """The instruction set in use."""
-    return _cpu.isa()
-
-
-def set_isa(name: str) -> None:
-    """Use another of `isas()`; for tests and measurements."""
-    _cpu.set_isa(name)
-
-
-def threads() -> int:
-    """Threads an op may use."""
-    return _cpu.threads()
-
-
-#: More would only take a machine down: chunks are claimed, not handed out.
-MAX_THREADS = 1024
-
-
-def set_threads(count: int) -> None:
-    """Use ``count`` threads (1 to `MAX_THREADS`). Not while an op runs."""
-    if not 1 <= count <= MAX_THREADS:
-        raise ContractError(f"set_threads: count is {count}, needs 1 to {MAX_THREADS}")
-    _cpu.set_threads(count)
 
 
 def _packed(op: str, weight: Weight | PackedWeight) -> PackedWeight:
@@ -107,11 +84,6 @@ def _module(x: Any) -> Any:
 
 
 _BLOCKS = frozenset(1 << i for i in range(15))
-
-
-def rotated_columns(columns: int, block: int | None) -> int:
-    """Columns of a rotated row: padded to whole blocks."""
-    return columns if block is None else -(-columns // block) * block
 
 
 def hadamard(
@@ -210,77 +182,6 @@ def qmatmul(x: Any, weight: Weight | PackedWeight, *, expert: Any = None) -> Any
     return y.reshape(*x.shape[:-1], *shape[1:])
 
 
-@dataclass(frozen=True, slots=True)
-class MoeWeights:
-    """The six matrices of one mixture-of-experts block, packed with shared buffers.
-
-    ``gate_up`` and ``shared_gate_up`` hold gate rows, then up rows. Weights that carry a rotation
-    share it: ``hidden`` for those that read the hidden state, ``inner`` for the down projections.
-    """
-
-    router: PackedWeight
-    gate_up: PackedWeight
-    down: PackedWeight
-    shared_gate_up: PackedWeight
-    shared_down: PackedWeight
-    shared_gate: PackedWeight
-
-    @classmethod
-    def of(cls, **weights: Weight) -> MoeWeights:
-        """Pack the six weights, given by their names, together.
-
-        Raises:
-            ContractError: a name is missing or unknown, widths do not fit, or weights of one input
-                have different rotations.
-        """
-        names = tuple(cls.__dataclass_fields__)
-        if weights.keys() != set(names):
-            raise ContractError(f"MoeWeights.of: has {sorted(weights)}, needs {sorted(names)}")
-        moe = cls(*pack(*(weights[name] for name in names)))
-        inner = {"down": moe.gate_up.rows // 2, "shared_down": moe.shared_gate_up.rows // 2}
-        for name, w in zip(names, moe.roles, strict=True):
-            needs = inner.get(name, moe.hidden_size)
-            needs = rotated_columns(needs, w.rotation.block) if w.rotation else needs
-            if w.columns != needs:
-                raise ContractError(f"MoeWeights.of: {name} has k={w.columns}, needs {needs}")
-        moe.hidden, moe.inner  # noqa: B018  both raise where rotations differ
-        return moe
-
-    @property
-    def roles(self) -> tuple[PackedWeight, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
-
-    @property
-    def hidden_size(self) -> int:
-        """Columns of x: the down projections' rows."""
-        return self.down.rows
-
-    @property
-    def hidden(self) -> Rotation | None:
-        """Rotation of the hidden state, for the weights that want one."""
-        return _shared_rotation(self.router, self.gate_up, self.shared_gate_up, self.shared_gate)
-
-    @property
-    def inner(self) -> Rotation | None:
-        """Rotation of the activations between up and down."""
-        return _shared_rotation(self.down, self.shared_down)
-
-    def arguments(self, top_k: int, normalize: bool) -> tuple[list[Any], list[Any], list[int]]:
-        """(signs, parts tables, integers) of the native op, in its order."""
-        hidden, inner = self.hidden, self.inner
-        signs = [s for r in (hidden, inner) for s in ((r.pre, r.post) if r else (None, None))]
-        blocks = [-1 if r is None else r.block or 0 for r in (hidden, inner)]
-        mask = sum(1 << i for i, w in enumerate(self.roles) if w.rotation is not None)
-        return signs, [w.parts for w in self.roles], [top_k, int(normalize), *blocks, mask]
-
-
-def _shared_rotation(*weights: PackedWeight) -> Rotation | None:
-    found = {w.rotation for w in weights if w.rotation is not None}
-    if len(found) > 1:
-        raise ContractError("moe_decode: weights of one input have different rotations, needs one")
-    return found.pop() if found else None
-
-
 def moe_decode(x: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True) -> Any:
     """A whole mixture-of-experts block, any number of tokens.
 
@@ -355,3 +256,137 @@ def gated_delta(
         [eps],
     )
     return y
+
+
+def attention(
+    proj: Any,
+    q_norm: Any,
+    k_norm: Any,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
+    *,
+    heads: int,
+    past: int = 0,
+    mask: Any = None,
+    eps: float = 1e-6,
+) -> Any:
+    """Gated attention between its projections; keys and values join the caches in place.
+
+    RMSNorm and partial rotary positions on q and k, softmax over the causal keys, times
+    sigmoid(gate). A query's bits depend on neither batch, threads nor how a prompt was cut.
+
+    Args:
+        proj: ``[b, t, 2*h*d + 2*g*d]``: per head q then gate, then k, then v.
+        q_norm, k_norm: f32 ``[d]``, used as they are (transformers' 1 + w).
+        cos, sin: f32 ``[b, t, r]`` angles of the first r of d dimensions, r even.
+        keys, values: ``[b, g, capacity, d]``, f32, bf16 or f16; written at ``past..past+t``.
+        heads: h, a multiple of g.
+        mask: bool ``[b, t, n]``, n >= past + t: False hides a key; None is causal. Keys hidden in
+            front of a sequence (left padding) leave its bits as they would be without them.
+
+    Returns:
+        y ``[b, t, h*d]`` of proj's dtype; 0 for a query that sees no key.
+
+    Source: transformers' Qwen3_5MoeAttention.
+    """
+    module = _framework("attention", "proj", proj)
+    if proj.ndim != 3:
+        raise ContractError(f"attention: proj has {proj.ndim} dimensions, needs 3")
+    arrays = (proj, q_norm, k_norm, cos, sin, mask)
+    if module:
+        return module.attention(*arrays, keys, values, heads=heads, past=past, eps=eps)
+    y = np.empty((*proj.shape[:2], heads * q_norm.shape[-1]), proj.dtype)
+    inputs = [None if a is None else np.ascontiguousarray(a) for a in arrays]
+    _cpu.call("attention", inputs, [y, keys, values], [heads, past], [eps])
+    return y
+
+
+def attention_block(
+    x: Any,
+    norm: Any,
+    weights: AttentionWeights,
+    q_norm: Any,
+    k_norm: Any,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
+    *,
+    past: int = 0,
+    mask: Any = None,
+    eps: float = 1e-6,
+) -> Any:
+    """``x + o(attention(q, k, v of rmsnorm(x)))``: a layer's attention half in one call.
+
+    Args:
+        x: f32 ``[b, t, hidden]``, the residual stream.
+        norm: f32 ``[hidden]``, used as it is (1 + w). The rest as in `attention`.
+
+    Returns:
+        f32 ``[b, t, hidden]``. Rotations are applied inside, once per token.
+    """
+    signs, tables, ints = weights.arguments(past)
+    if module := _framework("attention_block", "x", x, weights.hidden_size):
+        fixed = (norm, signs, (q_norm, k_norm), tables, weights.buffers)
+        return module.attention_block(x, (cos, sin, mask), *fixed, keys, values, ints, eps)
+    y = np.empty_like(x)
+    inputs = [x, cos, sin, mask, norm, *signs, q_norm, k_norm, *tables, *weights.buffers]
+    _cpu.call("attention_block", inputs, [y, keys, values], ints, [eps])
+    return y
+
+
+def gated_delta_block(
+    x: Any,
+    norm: Any,
+    weights: DeltaWeights,
+    conv_weight: Any,
+    a_log: Any,
+    dt_bias: Any,
+    gated_norm: Any,
+    conv_state: Any,
+    state: Any,
+    *,
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    mask: Any = None,
+    eps: float = 1e-6,
+) -> Any:
+    """``x + out(gated_delta(qkv, z, b, a of rmsnorm(x)))``: a layer's linear half in one call.
+
+    Args:
+        x: f32 ``[b, t, hidden]``, the residual stream.
+        norm: f32 ``[hidden]``, used as it is (1 + w). The rest as in `gated_delta`.
+        mask: bool ``[b, t]``: False makes a token's projections 0 (padding); None for none.
+
+    Returns:
+        f32 ``[b, t, hidden]``. Rotations are applied inside, once per token.
+    """
+    vectors, states = (conv_weight, a_log, dt_bias, gated_norm), (conv_state, state)
+    signs, tables, ints = weights.arguments(*heads, *head_dims)
+    if module := _framework("gated_delta_block", "x", x, weights.hidden_size):
+        fixed = (norm, signs, vectors, tables, weights.buffers)
+        return module.gated_delta_block(x, mask, *fixed, *states, ints, eps)
+    y = np.empty_like(x)
+    inputs = [x, mask, norm, *signs, *vectors, *tables, *weights.buffers]
+    _cpu.call("gated_delta_block", inputs, [y, *states], ints, [eps])
+    return y
+
+
+def moe_block(
+    x: Any, norm: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True, eps: float = 1e-6
+) -> Any:
+    """``x + moe_decode(rmsnorm(x))``: a layer's second half in one call.
+
+    Args:
+        x: f32 ``[..., hidden]``, the residual stream.
+        norm: f32 ``[hidden]``, used as it is (1 + w). The rest as in `moe_decode`.
+    """
+    signs, tables, ints = moe.arguments(top_k, normalize)
+    if module := _framework("moe_block", "x", x, moe.hidden_size):
+        return module.moe_block(x, norm, signs, tables, moe.buffers, ints, eps)
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    y = np.empty_like(flat)
+    _cpu.call("moe_block", [flat, norm, *signs, *tables, *moe.buffers], [y], ints, [eps])
+    return y.reshape(x.shape)

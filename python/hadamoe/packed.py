@@ -77,6 +77,11 @@ class _Buffers:
         return number, array.__array_interface__["data"][0] - address
 
 
+def rotated_columns(columns: int, block: int | None) -> int:
+    """Columns of a rotated row: padded to whole blocks."""
+    return columns if block is None else -(-columns // block) * block
+
+
 #: numpy's dtypes for arrays that hold numbers of a storage dtype
 _STORED = {
     name: tuple(map(np.dtype, codes))

@@ -103,13 +103,13 @@ def _recorded(model: Any) -> Iterator[list[_Call]]:
     """Every native call of this process until the end, as a list that fills."""
     kinds = {id(module): _kind(path) for path, module in model.named_modules() if path}
     calls: list[_Call] = []
-    call, clock = _cpu.call, time.perf_counter
+    call, bound, clock = _cpu.call, _cpu.Bound.__call__, time.perf_counter
 
-    def timed(op: str, *args: Any) -> None:
+    def timed(native: Any, op: str, *args: Any) -> None:
         entered = clock()
         kind, before = _caller(kinds), _cpu.products()
         start = clock()
-        call(op, *args)
+        native(*args)
         end = clock()
         after = _cpu.products()
         spent, nbytes = (after[0] - before[0]) / 1e9, after[1] - before[1]
@@ -117,11 +117,12 @@ def _recorded(model: Any) -> Iterator[list[_Call]]:
         calls.append(_Call(start, end - start, kind, op, spent, nbytes, overhead))
 
     _cpu.count_products(True)
-    _cpu.call = timed
+    _cpu.call = lambda op, *args: timed(call, op, op, *args)
+    _cpu.Bound.__call__ = lambda self, *args: timed(bound, self.op, self, *args)
     try:
         yield calls
     finally:
-        _cpu.call = call
+        _cpu.call, _cpu.Bound.__call__ = call, bound
         _cpu.count_products(False)
 
 
@@ -133,7 +134,7 @@ def _kind(path: str) -> str:
 
 def _caller(kinds: dict[int, str]) -> str:
     """The kind of the innermost module whose method is running."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     while frame is not None:
         kind = kinds.get(id(frame.f_locals.get("self")))
         if kind is not None:

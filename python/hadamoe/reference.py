@@ -1,7 +1,7 @@
 """What each op means, in numpy. Slow, short, and what the tests compare every kernel with.
 
 `hadamard` and `dequantize` repeat the kernels' f32 arithmetic bit for bit. `qmatmul`,
-`moe_decode` and `gated_delta` work in f64: the numbers the f32 kernels approximate.
+the rest work in f64: the numbers the f32 kernels approximate.
 """
 
 from __future__ import annotations
@@ -149,3 +149,71 @@ def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, h
         gate = z[:, i].reshape(b, hv, dv)
         y[:, i] = norm * o / np.sqrt((o * o).mean(-1, keepdims=True) + eps) * gate * sigmoid(gate)
     return y.reshape(b, t, hv * dv), conv, s
+
+
+def attention(proj, q_norm, k_norm, cos, sin, keys, values, *, heads, past=0, mask=None, eps=1e-6):
+    """(y, keys, values) with the tokens of proj [b, t, (q | gate) per head | k | v] cached, in f64.
+
+    q and k through RMSNorm and the first r dimensions' rotation by cos, sin [b, t, r]; softmax of
+    q k^T / sqrt(d) over the keys a query sees (all up to its own, or mask [b, t, n]); y is that
+    mean of values times sigmoid(gate), 0 where a query sees none. transformers' attention.
+    """
+    arrays = (proj, q_norm, k_norm, cos, sin, keys, values)
+    proj, q_norm, k_norm, cos, sin, keys, values = (np.array(a, np.float64) for a in arrays)
+    (b, t, _), (_, g, _, d), r = proj.shape, keys.shape, cos.shape[-1]
+    q, k, v = np.split(proj, [2 * heads * d, (2 * heads + g) * d], -1)
+    q, gate = np.split(q.reshape(b, t, heads, 2 * d), 2, -1)
+    k, v = (u.reshape(b, t, g, d) for u in (k, v))
+
+    def turned(u):
+        low, high = u[..., : r // 2], u[..., r // 2 : r]
+        half = np.concatenate([-high, low], -1)
+        both = u[..., :r] * cos[:, :, None] + half * sin[:, :, None]
+        return np.concatenate([both, u[..., r:]], -1)
+
+    q, k = turned(rms_norm(q, q_norm, eps)), turned(rms_norm(k, k_norm, eps))
+    keys[:, :, past : past + t], values[:, :, past : past + t] = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    n = past + t
+    every = (np.repeat(u[:, :, :n], heads // g, 1) for u in (keys, values))
+    seen = np.arange(n) <= past + np.arange(t)[:, None] if mask is None else mask[:, None, :, :n]
+    every_key, every_value = every
+    scores = np.einsum("bthd,bhnd->bhtn", q, every_key) / np.sqrt(d)
+    scores = np.where(seen, scores, -np.inf)
+    weight = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), -1e300))
+    total = weight.sum(-1, keepdims=True)
+    mean = np.einsum("bhtn,bhnd->bthd", weight / np.where(total == 0, 1, total), every_value)
+    return (mean / (1 + np.exp(-gate))).reshape(b, t, heads * d), keys, values
+
+
+def rms_norm(x, gamma, eps):
+    """x / sqrt(mean(x^2) + eps) * gamma along the last axis, in f64."""
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gamma
+
+
+def _through(x, weight: Weight):
+    """x through the weight's rotation (in f32) and the weight."""
+    r = weight.rotation
+    x = x if r is None else hadamard(x, block=r.block or 0, pre=r.pre, post=r.post)
+    return qmatmul(x, weight)
+
+
+def attention_block(x, norm, weights, *vectors, heads, past=0, mask=None, eps=1e-6):
+    """(x + o(attention(q, k, v of rms_norm(x))), keys, values) in f64; weights by role."""
+    normed = rms_norm(x, norm, eps)
+    proj = np.concatenate([_through(normed, weights[role]) for role in "qkv"], -1)
+    y, *caches = attention(proj, *vectors, heads=heads, past=past, mask=mask, eps=eps)
+    return x + _through(y, weights["o"]), *caches
+
+
+def gated_delta_block(x, norm, weights, *vectors, hk, mask=None, eps=1e-6):
+    """(x + out(gated_delta(qkv, z, b, a of rms_norm(x))), conv_state, state); weights by role."""
+    normed = rms_norm(x, norm, eps) * (1 if mask is None else mask[..., None])
+    proj = np.concatenate([_through(normed, weights[role]) for role in ("qkv", "z", "b", "a")], -1)
+    y, *states = gated_delta(proj, *vectors, hk=hk, eps=eps)
+    return x + _through(y, weights["out"]), *states
+
+
+def moe_block(x, norm, moe, *, top_k, normalize=True, eps=1e-6):
+    """x + moe_decode(rms_norm(x)) of x [t, k] in f64."""
+    return x + moe_decode(rms_norm(x, norm, eps), moe, top_k=top_k, normalize=normalize)[0]

@@ -20,7 +20,8 @@ from . import formats, ops
 from .errors import ContractError, FormatError, UnsupportedError
 from .formats import ModelFiles
 from .resident import Progress, make_resident
-from .torch_layers import Attention, GatedDeltaNet, QEmbedding, QLinear, SparseMoeBlock
+from .torch_blocks import Attention, DecoderLayer, GatedDeltaNet, SparseMoeBlock, zero_centred
+from .torch_layers import QEmbedding, QLinear
 from .weight import Weight, fuse_rows
 
 
@@ -212,32 +213,31 @@ def _param(array: np.ndarray, dtype: torch.dtype) -> nn.Parameter:
     )
 
 
-def _norm(gamma: np.ndarray) -> nn.Parameter:
-    """transformers' module multiplies by 1 + weight, in f32."""
-    return _param(gamma - np.float32(1), torch.float32)
-
-
 def _fill_text(text: nn.Module, files: ModelFiles, dtype: torch.dtype) -> None:
     w, v, config = files.weights, files.tensors, text.config
     text.embed_tokens = QEmbedding(w["embed_tokens"], dtype)
-    text.norm.weight = _norm(v["norm"])
+    text.norm.weight = zero_centred(v["norm"])
     text.rotary_emb = type(text.rotary_emb)(config)  # its frequencies must not stay on meta
-    for i, layer in enumerate(text.layers):
+    for i, kind in enumerate(config.layer_types):
         at = f"layers.{i}."
-        layer.input_layernorm.weight = _norm(v[at + "input_layernorm"])
-        layer.post_attention_layernorm.weight = _norm(v[at + "post_attention_layernorm"])
-        if layer.block_type == "full_attention":
-            at_ = at + "self_attn."
-            qkvo = (w[f"{at_}{n}_proj"] for n in "qkvo")
-            layer.self_attn = Attention(config, i, *qkvo, dtype)
-            layer.self_attn.q_norm.weight = _norm(v[at_ + "q_norm"])
-            layer.self_attn.k_norm.weight = _norm(v[at_ + "k_norm"])
+        norms = [
+            v[at + f"{name}_layernorm"].astype(np.float32) for name in ("input", "post_attention")
+        ]
+        if kind == "full_attention":
+            mixer = _attention(config, i, w, v, norms[0], dtype)
         else:
-            layer.linear_attn = _linear_attention(config, i, w, v)
-        layer.mlp = _moe(config, at + "mlp.", w)
+            mixer = _linear_attention(config, i, w, v, norms[0])
+        moe = _moe(config, at + "mlp.", w, norms[1])
+        text.layers[i] = DecoderLayer(config, i, mixer, moe, norms)
 
 
-def _linear_attention(config, i: int, w, v) -> GatedDeltaNet:
+def _attention(config, i: int, w, v, norm: np.ndarray, dtype: torch.dtype) -> Attention:
+    at = f"layers.{i}.self_attn."
+    norms = {"norm": norm, "q_norm": v[at + "q_norm"], "k_norm": v[at + "k_norm"]}
+    return Attention(config, i, {n: w[f"{at}{n}_proj"] for n in "qkvo"}, norms, dtype)
+
+
+def _linear_attention(config, i: int, w, v, norm: np.ndarray) -> GatedDeltaNet:
     at = f"layers.{i}.linear_attn."
     vectors = {
         "conv_weight": v[at + "conv1d"],
@@ -245,11 +245,11 @@ def _linear_attention(config, i: int, w, v) -> GatedDeltaNet:
         "dt_bias": v[at + "dt_bias"],
         "norm": v[at + "norm"],
     }
-    projections = [w[f"{at}in_proj_{n}"] for n in ("qkv", "z", "b", "a")]
-    return GatedDeltaNet(config, i, projections, w[at + "out_proj"], vectors)
+    weights = {n: w[f"{at}in_proj_{n}"] for n in ("qkv", "z", "b", "a")}
+    return GatedDeltaNet(config, i, weights | {"out": w[at + "out_proj"]}, norm, vectors)
 
 
-def _moe(config, at: str, w) -> SparseMoeBlock:
+def _moe(config, at: str, w, norm: np.ndarray) -> SparseMoeBlock:
     return SparseMoeBlock(
         {
             "router": w[at + "gate"],
@@ -262,6 +262,8 @@ def _moe(config, at: str, w) -> SparseMoeBlock:
             "shared_gate": w[at + "shared_expert_gate"],
         },
         config.num_experts_per_tok,
+        norm,
+        config.rms_norm_eps,
     )
 
 

@@ -154,6 +154,75 @@ def _(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, hk, hv, dk, dv
     return proj.new_empty((proj.shape[0], proj.shape[1], hv * dv), dtype=dtype)
 
 
+@_op(
+    "attention(Tensor proj, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin, Tensor? mask, "
+    "Tensor(a!) keys, Tensor(b!) values, SymInt heads, SymInt past, float eps, ScalarType dtype)"
+    " -> Tensor"
+)
+def _attention(proj, q_norm, k_norm, cos, sin, mask, keys, values, heads, past, eps, dtype):
+    y = proj.new_empty((*proj.shape[:2], heads * q_norm.shape[-1]), dtype=dtype)
+    arrays = [None if a is None else a.contiguous() for a in (proj, q_norm, k_norm, cos, sin, mask)]
+    _cpu.call("attention", arrays, [y, keys, values], [heads, past], [eps])
+    return y
+
+
+@_fake("attention")
+def _(proj, q_norm, k_norm, cos, sin, mask, keys, values, heads, past, eps, dtype):
+    return proj.new_empty((*proj.shape[:2], heads * q_norm.shape[-1]), dtype=dtype)
+
+
+@_op(
+    "attention_block(Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor norm, "
+    "Tensor? hidden_pre, Tensor? hidden_post, Tensor? inner_pre, Tensor? inner_post, "
+    "Tensor q_norm, Tensor k_norm, Tensor q, Tensor k, Tensor v, Tensor o, Tensor[] buffers, "
+    "Tensor(a!) keys, Tensor(b!) values, SymInt past, int hidden_block, int inner_block, "
+    "int rotated, float eps) -> Tensor"
+)
+def _attention_block(x, cos, sin, mask, *args):
+    *arrays, buffers, keys, values, past, hidden_block, inner_block, rotated, eps = args
+    x, cos, sin = (a.contiguous() for a in (x, cos, sin))
+    y = torch.empty_like(x)
+    inputs = [x, cos, sin, None if mask is None else mask.contiguous(), *arrays, *buffers]
+    ints = [past, hidden_block, inner_block, rotated]
+    _cpu.call("attention_block", inputs, [y, keys, values], ints, [eps])
+    return y
+
+
+@_op(
+    "gated_delta_block(Tensor x, Tensor? mask, Tensor norm, Tensor? hidden_pre, "
+    "Tensor? hidden_post, Tensor? inner_pre, Tensor? inner_post, Tensor conv_weight, Tensor a_log, "
+    "Tensor dt_bias, Tensor gated_norm, Tensor qkv, Tensor z, Tensor b, Tensor a, Tensor out, "
+    "Tensor[] buffers, Tensor(a!) conv_state, Tensor(b!) state, int key_heads, int value_heads, "
+    "int key_dim, int value_dim, int hidden_block, int inner_block, int rotated, float eps)"
+    " -> Tensor"
+)
+def _gated_delta_block(x, mask, *args):
+    (*arrays, buffers, conv_state, state), ints, eps = args[:-8], args[-8:-1], args[-1]
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    inputs = [x, None if mask is None else mask.contiguous(), *arrays, *buffers]
+    _cpu.call("gated_delta_block", inputs, [y, conv_state, state], list(ints), [eps])
+    return y
+
+
+@_op(
+    "moe_block(Tensor x, Tensor norm, Tensor? hidden_pre, Tensor? hidden_post, Tensor? inter_pre, "
+    "Tensor? inter_post, Tensor router, Tensor gate_up, Tensor down, Tensor shared_gate_up, "
+    "Tensor shared_down, Tensor shared_gate, Tensor[] buffers, int top_k, bool normalize, "
+    "int hidden_block, int inter_block, int rotated, float eps) -> Tensor"
+)
+def _moe_block(x, *args):
+    (*arrays, buffers), ints, eps = args[:-6], args[-6:-1], args[-1]
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    flat, out = x.view(-1, x.shape[-1]), y.view(-1, x.shape[-1])
+    _cpu.call("moe_block", [flat, *arrays, *buffers], [out], list(map(int, ints)), [eps])
+    return y
+
+
+for _name in ("attention_block", "gated_delta_block", "moe_block"):
+    _fake(_name)(lambda x, *args: x.new_empty(x.shape))
+
 operators = torch.ops.hadamoe
 
 
@@ -224,3 +293,70 @@ def gated_delta(
 ) -> Tensor:
     """`hadamoe.ops.gated_delta` on torch tensors."""
     return operators.gated_delta(proj, *arrays, *heads, *head_dims, eps, proj.dtype)
+
+
+def attention(
+    proj: Tensor,
+    q_norm: Any,
+    k_norm: Any,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    heads: int,
+    past: int,
+    eps: float,
+) -> Tensor:
+    """`hadamoe.ops.attention` on torch tensors."""
+    norms = map(as_tensor, (q_norm, k_norm))
+    return operators.attention(
+        proj, *norms, cos, sin, mask, keys, values, heads, past, eps, proj.dtype
+    )
+
+
+def attention_block(
+    x: Tensor,
+    per_token: tuple,
+    norm: Any,
+    signs: list,
+    norms: tuple,
+    tables: list,
+    buffers: tuple,
+    keys: Tensor,
+    values: Tensor,
+    ints: list[int],
+    eps: float,
+) -> Tensor:
+    """`hadamoe.ops.attention_block` on torch tensors."""
+    fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, (*norms, *tables))]
+    shared = list(map(as_tensor, buffers))
+    return operators.attention_block(x, *per_token, *fixed, shared, keys, values, *ints, eps)
+
+
+def gated_delta_block(
+    x: Tensor,
+    mask: Tensor | None,
+    norm: Any,
+    signs: list,
+    vectors: tuple,
+    tables: list,
+    buffers: tuple,
+    conv_state: Tensor,
+    state: Tensor,
+    ints: list[int],
+    eps: float,
+) -> Tensor:
+    """`hadamoe.ops.gated_delta_block` on torch tensors."""
+    fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, (*vectors, *tables))]
+    shared = list(map(as_tensor, buffers))
+    return operators.gated_delta_block(x, mask, *fixed, shared, conv_state, state, *ints, eps)
+
+
+def moe_block(
+    x: Tensor, norm: Any, signs: list, tables: list, buffers: tuple, ints: list[int], eps: float
+) -> Tensor:
+    """`hadamoe.ops.moe_block` on torch tensors."""
+    fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, tables)]
+    return operators.moe_block(x, *fixed, list(map(as_tensor, buffers)), *ints, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hadamoe import ops
-from hadamoe.verify import cases, claims
+from hadamoe.verify import cases, claims, layers
 
 INSTANCES = ops.instances()
 
@@ -28,6 +28,15 @@ def test_hadamard(runner):
 
 def test_gated_delta(runner):
     prove(runner, cases.gated_delta_cases())
+
+
+def test_attention(runner):
+    prove(runner, [layers.exact_attention_case(), *layers.attention_cases()])
+
+
+@pytest.mark.parametrize("op", layers.BLOCKS)
+def test_blocks(runner, op):
+    prove(runner, layers.block_cases(op))
 
 
 @pytest.mark.parametrize("inst", INSTANCES, ids=str)

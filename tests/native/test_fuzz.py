@@ -149,3 +149,53 @@ def test_moe_decode(sanitized, changes, ints):
     inputs = [x, None, None, None, None, *tables, *roles[0].buffers]
     attempt(sanitized, "moe_decode", inputs, [y], ints)
     attempt(sanitized, "moe_decode", inputs, [y], [2, 1, -1, -1, 0])
+
+
+@FUZZ
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=8, max_size=8),
+    ints=st.tuples(NUMBERS, NUMBERS),
+    masked=st.integers(-1, 12),
+)
+def test_attention(sanitized, sizes, ints, masked):
+    b, t, w, d, rot, kv, capacity, n = sizes
+    shapes = [(b, t, w), (d,), (d,), (b, t, rot), (b, t, rot)]
+    inputs = [np.ones(s, np.float32) for s in shapes]
+    inputs.append(None if masked < 0 else np.arange(b * t * masked).reshape(b, t, masked) % 3 == 1)
+    caches = [np.ones((b, kv, capacity, d), np.float32) for _ in range(2)]
+    attempt(sanitized, "attention", inputs, [np.ones((b, t, n), np.float32), *caches], ints, [1e-6])
+    heads, past = kv * 2, min(max(ints[1], 0), 9)
+    inputs[0] = np.ones((b, t, 2 * (heads + kv) * d), np.float32)
+    y = np.ones((b, t, heads * d), np.float32)
+    attempt(sanitized, "attention", inputs, [y, *caches], [heads, past], [1e-6])
+
+
+@FUZZ
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 8), st.integers(0, 11), NUMBERS), min_size=1, max_size=2
+    ),
+    first=st.tuples(NUMBERS, *[st.sampled_from([-1, 0, 16, 3, 2**40])] * 2, NUMBERS),
+)
+def test_blocks(sanitized, changes, first):
+    rng = np.random.default_rng(0)
+    k, d, heads, kv = 64, 16, 2, 1
+    sizes = [(2 * heads * d, k), (kv * d, k), (kv * d, k), (k, heads * d)]
+    delta = [(2 * 8 + 16, k), (16, k), (2, k), (2, k), (k, 16)]
+    roles = ops.pack(
+        *(samples.random_weight(rng, INSTANCES[0], n, c, group=c) for n, c in (*sizes, *delta))
+    )
+    tables = [w.parts.copy() for w in roles]
+    for role, field, number in changes:
+        tables[role][0, 0, field] = number
+    x, norm, none = np.ones((1, 3, k), np.float32), np.ones(k, np.float32), [None] * 4
+    angles, norms = [np.ones((1, 3, 4), np.float32)] * 2, [np.ones(d, np.float32)] * 2
+    y, caches = np.empty_like(x), [np.ones((1, kv, 5, d), np.float32) for _ in range(2)]
+    inputs = [x, *angles, None, norm, *none, *norms, *tables[:4], *roles[0].buffers]
+    for ints in (first, [2, -1, -1, 0]):
+        attempt(sanitized, "attention_block", inputs, [y, *caches], ints, [1e-6])
+    vectors = [np.ones(s, np.float32) for s in ((32, 4), (2,), (2,), (8,))]
+    states = [np.ones(s, np.float32) for s in ((1, 32, 4), (1, 2, 8, 8))]
+    inputs = [x, None, norm, *none, *vectors, *tables[4:], *roles[0].buffers]
+    for ints in ([1, 2, 8, 8, *first[1:]], [1, 2, 8, 8, -1, -1, 0]):
+        attempt(sanitized, "gated_delta_block", inputs, [y, *states], ints, [1e-6])

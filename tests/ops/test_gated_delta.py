@@ -9,7 +9,7 @@ from support import at_page_end
 from hadamoe import _cpu, ops, reference
 from hadamoe.errors import ContractError
 from hadamoe.verify import rounding
-from hadamoe.verify.cases import gated_delta_arrays
+from hadamoe.verify.layers import gated_delta_arrays
 
 #: b, t, hk, hv, dk, dv, taps: the model's heads, tails of every vector width, strips over 128.
 SHAPES = [

@@ -7,7 +7,7 @@ import pytest
 
 from hadamoe import Instance, Rotation, ops
 from hadamoe.errors import ContractError, UnsupportedError
-from hadamoe.verify import samples
+from hadamoe.verify import layers, samples
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'hadamoe[mlx]')")
 
@@ -109,6 +109,24 @@ def test_gated_delta_updates_states_in_place(rng):
     want = ops.gated_delta(*arrays, heads=(hk, hv), head_dims=(dk, dv))
     np.testing.assert_array_equal(numbers(y), want)
     for ours, mine in zip(theirs[-2:], arrays[-2:], strict=True):
+        np.testing.assert_array_equal(numbers(ours), mine)
+
+
+@pytest.mark.parametrize("op", layers.BLOCKS)
+def test_blocks_give_the_same_bits(op):
+    call = layers.BLOCKS[op](np.random.default_rng(3), "rows")
+    for a, b in zip(call(True, mx.array), call(True), strict=True):
+        np.testing.assert_array_equal(numbers(a), b)
+
+
+def test_attention_writes_its_caches_in_place(rng):
+    arrays = layers.attention_arrays(rng, 2, 3, 4, 2, 16, 8, 2, 6)
+    theirs = [mx.array(a) for a in arrays.values()]
+    mask = layers.padding(rng, 2, 3, 2, 6)
+    y = ops.attention(*theirs, heads=4, past=2, mask=mx.array(mask))
+    want = ops.attention(*arrays.values(), heads=4, past=2, mask=mask)
+    np.testing.assert_array_equal(numbers(y), want)
+    for ours, mine in zip(theirs[5:], (arrays["keys"], arrays["values"]), strict=True):
         np.testing.assert_array_equal(numbers(ours), mine)
 
 

@@ -11,6 +11,7 @@ from torch.library import opcheck  # noqa: E402
 
 from hadamoe import ContractError, Instance, Part, Rotation, Weight, ops  # noqa: E402
 from hadamoe.torch_ops import as_tensor, operators  # noqa: E402
+from hadamoe.verify import layers  # noqa: E402
 
 K, N, E, I = 64, 48, 4, 32  # hidden, rows, experts, inner  # noqa: E741
 HEADS, HEAD_DIMS, KERNEL = (2, 4), (8, 16), 4
@@ -94,6 +95,23 @@ def test_torch_and_numpy_give_the_same_bits(rng):
     same(tensors[6], arrays[6])
 
 
+@pytest.mark.parametrize("op", layers.BLOCKS)
+def test_blocks_give_the_same_bits(op):
+    call = layers.BLOCKS[op](np.random.default_rng(3), "rows")
+    for a, b in zip(call(True, torch.tensor), call(True), strict=True):
+        same(a, b)
+
+
+def test_attention_gives_the_same_bits(rng):
+    arrays = layers.attention_arrays(rng, 2, 3, 4, 2, 16, 8, 2, 6)
+    tensors = [torch.tensor(a) for a in arrays.values()]
+    mask = layers.padding(rng, 2, 3, 2, 6)
+    y = ops.attention(*tensors, heads=4, past=2, mask=torch.tensor(mask))
+    same(y, ops.attention(*arrays.values(), heads=4, past=2, mask=mask))
+    same(tensors[5], arrays["keys"])
+    same(tensors[6], arrays["values"])
+
+
 def test_bf16_results_are_rounded_f32_results(rng):
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
     w = weight(rng, N, K)
@@ -110,6 +128,9 @@ def operator_calls(rng):
     moe_signs, tables, ints = moe.arguments(2, True)
     moe_arrays = [None if a is None else as_tensor(a) for a in (*moe_signs, *tables)]
     delta = [torch.from_numpy(a) for a in delta_arrays(rng)]
+    seen = layers.attention_arrays(rng, 2, 3, 4, 2, 16, 8, 2, 6)
+    seen = [torch.from_numpy(a) for a in seen.values()]
+    mask = torch.from_numpy(layers.padding(rng, 2, 3, 2, 6))
     f32, bf16 = torch.float32, torch.bfloat16
     table = as_tensor(many.parts)
     return {
@@ -121,7 +142,43 @@ def operator_calls(rng):
         "qmatmul expert": (x, table, expert, buffers, N, f32),
         "moe_decode": (x, *moe_arrays, [as_tensor(b) for b in moe.router.buffers], *ints),
         "gated_delta": (*delta, *HEADS, *HEAD_DIMS, 1e-6, f32),
+        "attention": (*seen[:5], mask, *seen[5:], 4, 2, 1e-6, f32),
+        **block_calls(rng, x, delta, seen, moe),
     }  # fmt: skip
+
+
+def block_calls(rng, x, delta, seen, moe):
+    """The same for the halves of a layer."""
+    hidden, norm = Rotation(None, signs(rng, K)), torch.ones(K)
+
+    def fixed(weights, *first):
+        roles_signs, tables, ints = weights.arguments(*first)
+        buffers = [as_tensor(b) for b in weights.buffers]
+        return [None if s is None else as_tensor(s) for s in roles_signs], [
+            as_tensor(t) for t in tables
+        ], buffers, ints  # fmt: skip
+
+    attention = ops.AttentionWeights.of(
+        q=weight(rng, 128, K, 1, hidden), k=weight(rng, 32, K, 1, hidden),
+        v=weight(rng, 32, K), o=weight(rng, K, K),
+    )  # fmt: skip
+    inner = HEADS[1] * HEAD_DIMS[1]
+    sizes = {"qkv": C, "z": inner, "b": HEADS[1], "a": HEADS[1]}
+    linear = ops.DeltaWeights.of(
+        **{n: weight(rng, rows, K) for n, rows in sizes.items()}, out=weight(rng, K, inner)
+    )
+    calls = {}
+    turns, tables, buffers, ints = fixed(attention, 2)
+    norms = seen[1:3]
+    arrays = (*seen[3:5], None, norm, *turns, *norms, *tables, buffers, *seen[5:])
+    calls["attention_block"] = (x, *arrays, *ints, 1e-6)
+    turns, tables, buffers, ints = fixed(linear, *HEADS, *HEAD_DIMS)
+    mask = torch.tensor([[True] * 3, [False, True, True]])
+    arrays = (norm, *turns, *delta[1:5], *tables, buffers, *delta[5:])
+    calls["gated_delta_block"] = (x, mask, *arrays, *ints, 1e-6)
+    turns, tables, buffers, ints = fixed(moe, 2, True)
+    calls["moe_block"] = (x, norm, *turns, *tables, buffers, *ints, 1e-6)
+    return calls
 
 
 CALLS = operator_calls(np.random.default_rng(0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hadamoe import Instance, ops
-from hadamoe.verify import cases, rounding
+from hadamoe.verify import cases, layers, rounding
 from hadamoe.weight import Part, Weight
 
 from .support import raw
@@ -68,7 +68,7 @@ def test_mixture_of_experts(bits):
 
 def test_gated_delta_net():
     b, t, hk, hv, dk, dv, taps = shape = (2, 5, 2, 4, 32, 16, 4)
-    arrays = cases.gated_delta_arrays(np.random.default_rng(1), *shape)
+    arrays = layers.gated_delta_arrays(np.random.default_rng(1), *shape)
     keys, c = hk * dk, 2 * hk * dk + hv * dv
     inputs = {name: mx.array(a) for name, a in arrays.items()}
 

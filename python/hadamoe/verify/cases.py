@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import ops, reference
 from ..weight import Instance, Part, Rotation, Weight
-from . import rounding
+from . import layers, rounding
 from .claims import Case, gamma, rounding_bound
 from .rounding import Rounded
 from .samples import (
@@ -167,26 +167,11 @@ DELTAS = (
 )
 
 
-def gated_delta_arrays(rng, b, t, hk, hv, dk, dv, taps) -> dict[str, np.ndarray]:
-    """Random f32 arguments of `ops.gated_delta`, by name and in its order."""
-    c = 2 * hk * dk + hv * dv
-    arrays = {
-        "proj": rng.standard_normal((b, t, c + hv * dv + 2 * hv)),
-        "conv_weight": 0.5 * rng.standard_normal((c, taps)),
-        "a_log": np.log(rng.uniform(0.01, 16, hv)),
-        "dt_bias": rng.standard_normal(hv),
-        "norm": rng.uniform(0.5, 1.5, dv),
-        "conv_state": rng.standard_normal((b, c, taps)),
-        "state": 0.1 * rng.standard_normal((b, hv, dk, dv)),
-    }
-    return {name: a.astype(np.float32) for name, a in arrays.items()}
-
-
 def gated_delta_cases(seed: int = 0) -> Iterator[Case]:
     """`ops.gated_delta` in f32 within its running error bound; the conv state bit for bit."""
     rng = np.random.default_rng(seed)
     for shape in DELTAS:
-        arrays = gated_delta_arrays(rng, *shape)
+        arrays = layers.gated_delta_arrays(rng, *shape)
         y, state = rounding.gated_delta(**arrays, hk=shape[2], eps=1e-6)
         _, conv_state, _ = reference.gated_delta(**arrays, hk=shape[2], eps=1e-6)
 
@@ -356,6 +341,10 @@ def by_op_and_instance(
     """Every op with every instance of this build: ((op, instance or None), its cases)."""
     yield ("hadamard", None), [c for t in FLOATS for c in hadamard_cases(seed, t)]
     yield ("gated_delta", None), list(gated_delta_cases(seed))
+    exact = layers.exact_attention_case(seed)
+    yield ("attention", None), [exact, *layers.attention_cases(seed)]
+    for op in layers.BLOCKS:
+        yield (op, None), list(layers.block_cases(op, seed))
     for inst in ops.instances():
         yield ("dequantize", inst), list(dequantize_cases(inst, seed))
     for inst in ops.instances():

@@ -106,7 +106,9 @@ class Poisoned:
     """A native module whose outputs start as NaN, so that an element left unwritten is found."""
 
     #: Outputs that are also inputs.
-    STATES: ClassVar = {"gated_delta": {1, 2}}
+    STATES: ClassVar = {
+        op: {1, 2} for op in ("gated_delta", "gated_delta_block", "attention", "attention_block")
+    }
 
     def __init__(self, native: Any) -> None:
         self._native = native

@@ -128,3 +128,67 @@ def gated_delta(
         for part in ("value", "error")
     ]
     return Rounded(*(u.reshape(b, t, hv * dv) for u in y)), s
+
+
+def _rms_norm(x: Rounded, gamma: np.ndarray, eps: float) -> Rounded:
+    n = x.value.shape[-1]
+    mean = (x * x).sum(-1) * Rounded(np.float64(1 / n), U / n)
+    root = (mean + Rounded(np.float64(eps), eps * U)).sqrt()
+    return x * (Rounded(np.float64(1)) / root) * Rounded(np.asarray(gamma, np.float64))
+
+
+def _turned(x: Rounded, cos: np.ndarray, sin: np.ndarray) -> Rounded:
+    r = cos.shape[-1]
+    turn = [Rounded(np.asarray(a, np.float64)[:, :, None]) for a in (cos, sin)]
+    half = x[..., :r].each(lambda u: np.concatenate([-u[..., r // 2 :], u[..., : r // 2]], -1))
+    half = Rounded(half.value, np.abs(half.error))
+    both = x[..., :r] * turn[0] + half * turn[1]
+    rest = x[..., r:]
+    pairs = ((both.value, rest.value), (both.error, rest.error))
+    return Rounded(*(np.concatenate(p, -1) for p in pairs))
+
+
+def attention(
+    proj, q_norm, k_norm, cos, sin, keys, values, *, heads: int, past: int, mask, eps: float
+) -> tuple[Rounded, Rounded, Rounded]:
+    """(y, keys, values) of `reference.attention` with bounds for f32 kernels and f32 caches.
+
+    Blocks of keys have maxima of their own and are joined in order: every join may add an
+    exponential (of a rounded difference), its product and a sum to a weight.
+    """
+    p = Rounded(np.asarray(proj, np.float64))
+    (b, t, _), (_, g, _, d), n = proj.shape, keys.shape, past + proj.shape[1]
+    cut = (2 * heads * d, (2 * heads + g) * d)
+    both = p[..., : cut[0]].each(lambda u: u.reshape(b, t, heads, 2 * d))
+    k, v = (p[..., i:j].each(lambda u: u.reshape(b, t, g, d)) for i, j in (cut, (cut[1], None)))
+    root = Rounded(np.float64(d**-0.5), d**-0.5 * U)
+    q = _turned(_rms_norm(both[..., :d], q_norm, eps), cos, sin) * root
+    k = _turned(_rms_norm(k, k_norm, eps), cos, sin)
+    cached = []
+    for cache, new in ((keys, k), (values, v)):
+        value = np.array(cache, np.float64)
+        error = np.zeros_like(value)
+        for array, part in (
+            (value, new.value),
+            (error, np.broadcast_to(new.error, new.value.shape)),
+        ):
+            array[:, :, past:n] = part.swapaxes(1, 2)
+        cached.append(Rounded(value, error))
+    every, every_v = (c.each(lambda u: np.repeat(u[:, :, :n], heads // g, 1)) for c in cached)
+    q = q.each(lambda u: u.swapaxes(1, 2)[:, :, :, None])
+    scores = (q * every[:, :, None]).sum(-1)[..., 0]
+    seen = np.arange(n) <= past + np.arange(t)[:, None] if mask is None else mask[:, None, :, :n]
+    seen = np.broadcast_to(seen, scores.value.shape)
+    least = np.where(seen, scores.value, np.inf).min(-1, keepdims=True)
+    most = np.where(seen, scores.value, -np.inf).max(-1, keepdims=True)
+    none = ~seen.any(-1, keepdims=True)
+    spread = np.where(none, 0, most - least)
+    weight = (scores - Rounded(np.where(none, 0, most))).exp()
+    joins = -(-n // 128) * (spread + 8) * U
+    error = weight.error + joins * (weight.value + weight.error)
+    weight = Rounded(np.where(seen, weight.value, 0), np.where(seen, error, 0))
+    total = weight.sum(-1).each(lambda u: np.where(none, 1, u))
+    mean = (weight.each(lambda u: u[..., None]) * every_v[:, :, None]).sum(3)[:, :, :, 0]
+    y = mean * (Rounded(np.float64(1)) / total)
+    y = y.each(lambda u: u.swapaxes(1, 2)) * sigmoid(both[..., d:])
+    return y.each(lambda u: u.reshape(b, t, heads * d)), *cached

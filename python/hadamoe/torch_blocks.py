@@ -1,0 +1,300 @@
+"""The model's layers as torch modules.
+
+The residual stream, routers, gates and recurrent states are f32 whatever the dtype: they are
+few bytes beside the weights, and rounding them is what costs accuracy. dtype is what the cache of
+attention uses, and the vision tower.
+
+Each half of a layer is one native call (`block`), its weights checked once. The same half exists in
+parts, as transformers computes it, for torch.compile and for whoever listens to a part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
+
+from . import _cpu
+from .errors import UnsupportedError
+from .roles import AttentionWeights, DeltaWeights, MoeWeights
+from .torch_cache import claim
+from .torch_layers import QLinear, Stored, f32
+from .torch_ops import operators
+from .weight import Weight
+
+Tensor = torch.Tensor
+
+
+class _Router(hf.Qwen3_5MoeTopKRouter):
+    """Router logits on their own, for ``output_router_logits``; the block's op routes by itself."""
+
+    def __init__(self, weight: Weight, top_k: int) -> None:
+        nn.Module.__init__(self)
+        self.linear, self.top_k = QLinear(weight, dtype=torch.float32), top_k
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.linear(x.reshape(-1, x.shape[-1]))
+        scores, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+        return logits, scores / scores.sum(-1, keepdim=True), index
+
+
+class SparseMoeBlock(Stored):
+    """Router, experts and shared expert: one native call for any number of tokens.
+
+    Args:
+        weights: router, gate_up, down, shared_gate_up, shared_down, shared_gate.
+        top_k: experts a token is sent to.
+        norm: f32 [hidden], of the RMSNorm in front, as it is used. eps: its epsilon.
+    """
+
+    def __init__(
+        self, weights: dict[str, Weight], top_k: int, norm: np.ndarray, eps: float
+    ) -> None:
+        super().__init__()
+        moe = MoeWeights.of(**weights)
+        self.names = tuple(weights)
+        self.store(**{name: getattr(moe, name) for name in self.names})
+        signs, tables, self.ints = moe.arguments(top_k, True)
+        self.signs = ("hidden_pre", "hidden_post", "inner_pre", "inner_post")
+        self.keep(**dict(zip(self.signs, signs, strict=True)))
+        self.gate = _Router(weights["router"], top_k)
+        inputs = [..., norm, *signs, *tables, *moe.buffers]
+        self.bound = _cpu.Bound("moe_block", inputs, 1, self.ints, [eps])
+
+    def block(self, x: Tensor) -> Tensor:
+        """x + moe(rmsnorm(x)) of f32 x [batch, tokens, hidden]."""
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        self.bound([x.view(-1, width)], [y.view(-1, width)], [])
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate._forward_hooks:  # someone records router logits
+            self.gate(x)
+        arrays = (getattr(self, name) for name in (*self.signs, *MoeWeights.__dataclass_fields__))
+        return operators.moe_decode(x, *arrays, self.buffers_, *self.ints)[0]
+
+
+class _Columns(nn.Module):
+    """Columns begin:end of an input that is already projected."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        super().__init__()
+        self.begin, self.end = begin, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.begin : self.end]
+
+
+class Attention(hf.Qwen3_5MoeAttention):
+    """Gated attention; keys and values are kept in dtype.
+
+    Args:
+        weights: q, k, v, o.
+        norms: norm (of the layer's input), q_norm and k_norm, f32, as they are used.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer: int,
+        weights: dict[str, Weight],
+        norms: dict[str, np.ndarray],
+        dtype: torch.dtype,
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(config, layer)
+        q, k, v, o = (weights[name] for name in "qkvo")
+        self.qkv_proj, self.o_proj, self.out = QLinear(q, k, v), nn.Identity(), QLinear(o)
+        self.dtype = dtype
+        ends = np.cumsum([0, q.rows, k.rows, v.rows]).tolist()
+        self.q_proj, self.k_proj, self.v_proj = (_Columns(a, b) for a, b in pairwise(ends))
+        for name in ("q_norm", "k_norm"):
+            getattr(self, name).weight = zero_centred(norms[name])
+        self.heads = k.rows // self.head_dim, self.head_dim
+        packed = AttentionWeights.of(q=q, k=k, v=v, o=o)
+        signs, tables, ints = packed.arguments()
+        vectors = [norms["norm"], *signs, norms["q_norm"], norms["k_norm"]]
+        inputs = [..., ..., ..., ..., *vectors, *tables, *packed.buffers]
+        eps = [config.rms_norm_eps]
+        self.bound = _cpu.Bound("attention_block", inputs, 3, [..., *ints], eps)
+
+    def block(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, cache) -> Tensor | None:
+        """x + attention(rmsnorm(x)) of f32 x [batch, tokens, hidden].
+
+        Args:
+            angles: cos, sin f32 [batch, tokens, rotary].
+            mask: bool [batch, 1, tokens, keys] or None for causal.
+
+        Returns:
+            None where the cache is not one native code writes into.
+        """
+        batch, tokens, _ = x.shape
+        claimed = claim(cache, self.layer_idx, (batch, *self.heads), tokens, self.dtype)
+        if claimed is None:
+            return None
+        keys, values, past = claimed
+        if mask is not None:
+            mask = mask[:, 0].expand(batch, -1, -1).contiguous()
+        y = torch.empty_like(x)
+        self.bound([x, *angles, mask], [y, keys, values], [past])
+        return y
+
+    def forward(self, hidden_states: Tensor, position_embeddings, *args, **kwargs):
+        qkv = self.qkv_proj(hidden_states, self.dtype)
+        angles = tuple(a.to(self.dtype) for a in position_embeddings)
+        y, weights = super().forward(qkv, angles, *args, **kwargs)
+        return self.out(y, hidden_states.dtype), weights
+
+
+class GatedDeltaNet(Stored):
+    """Linear attention.
+
+    The conv window f32 [batch, channels, kernel] and the state f32 [batch, heads, dk, dv] live in
+    transformers' cache layer and are updated in place, so generate(), beam reordering and continued
+    generation work as for its own layer.
+
+    Args:
+        weights: qkv, z, b, a, out.
+        norm: of the layer's input, f32, as it is used.
+        vectors: conv_weight, a_log, dt_bias, norm.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer: int,
+        weights: dict[str, Weight],
+        norm: np.ndarray,
+        vectors: dict[str, np.ndarray],
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+        self.eps = config.rms_norm_eps
+        projections = (weights[name] for name in ("qkv", "z", "b", "a"))
+        self.in_proj, self.out_proj = (
+            QLinear(*projections, dtype=torch.float32),
+            QLinear(weights["out"]),
+        )
+        self.keep(**vectors)
+        packed = DeltaWeights.of(**weights)
+        signs, tables, ints = packed.arguments(*self.heads)
+        inputs = [..., ..., norm, *signs, *vectors.values(), *tables, *packed.buffers]
+        self.bound = _cpu.Bound("gated_delta_block", inputs, 3, ints, [self.eps])
+
+    def _states(self, cache, batch: int) -> tuple[Tensor, Tensor]:
+        _, hv, dk, dv = self.heads
+        entry = None if cache is None else cache.layers[self.layer]
+        if entry is None or not entry.is_recurrent_states_initialized[0]:
+            conv = self.conv_weight.new_zeros((batch, *self.conv_weight.shape))
+            state = conv.new_zeros((batch, hv, dk, dv))
+            if entry is None:
+                return conv, state
+            entry.lazy_initialization(conv_states=conv)
+            entry.lazy_initialization(recurrent_states=state)
+        if entry.record_past:
+            raise UnsupportedError(
+                "gated_delta: the cache records past states, needs a plain cache"
+            )
+        entry.has_previous_state[0] = True
+        return entry.conv_states[0], entry.recurrent_states[0]
+
+    def block(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
+        """x + delta(rmsnorm(x)) of f32 x [batch, tokens, hidden]; mask [batch, tokens] or None."""
+        states = self._states(cache, x.shape[0])
+        if mask is not None:
+            mask = mask.to(torch.bool).contiguous()
+        y = torch.empty_like(x)
+        self.bound([x, mask], [y, *states], [])
+        return y
+
+    def forward(self, hidden_states: Tensor, cache_params=None, attention_mask=None, **_) -> Tensor:
+        x = hf.apply_mask_to_padding_states(hidden_states, attention_mask)
+        conv, state = self._states(cache_params, x.shape[0])
+        y = operators.gated_delta(
+            self.in_proj(x), self.conv_weight, self.a_log, self.dt_bias, self.norm, conv, state,
+            *self.heads, self.eps, torch.float32,
+        )  # fmt: skip
+        return self.out_proj(y, hidden_states.dtype)
+
+
+def zero_centred(gamma: np.ndarray) -> nn.Parameter:
+    """A norm's vector for transformers' module, which multiplies by 1 + weight in f32."""
+    return nn.Parameter(f32(gamma - np.float32(1)), requires_grad=False)
+
+
+class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
+    """transformers' layer; its two halves are one native call each."""
+
+    def __init__(
+        self, config, layer: int, mixer: nn.Module, mlp: nn.Module, norms: Sequence[np.ndarray]
+    ) -> None:
+        nn.Module.__init__(self)
+        self.hidden_size, self.block_type = config.hidden_size, config.layer_types[layer]
+        self.config = config
+        if self.block_type == "linear_attention":
+            self.linear_attn = mixer
+        else:
+            self.self_attn = mixer
+        self.mlp = mlp
+        for name, gamma in zip(("input_layernorm", "post_attention_layernorm"), norms, strict=True):
+            with torch.device("meta"):
+                module = hf.Qwen3_5MoeRMSNorm(len(gamma), config.rms_norm_eps)
+            module.weight = zero_centred(gamma)
+            setattr(self, name, module)
+        self.parts = list(self.modules())[1:]
+
+    def _in_parts(self, x: Tensor) -> bool:
+        """Under torch.compile, for attention other than sdpa, and where a part has hooks of its
+        own; transformers' recorders of outputs are no reason."""
+        if torch.compiler.is_compiling() or x.dtype != torch.float32:
+            return True
+        if self.config._attn_implementation != "sdpa":
+            return True
+        return any(
+            part._forward_pre_hooks
+            or (
+                part._forward_hooks
+                and any(h.__module__ != _RECORDERS for h in part._forward_hooks.values())
+            )
+            for part in self.parts
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> Tensor:
+        x = None
+        if not self._in_parts(hidden_states):
+            x = hidden_states.contiguous()
+            if self.block_type == "linear_attention":
+                x = self.linear_attn.block(x, attention_mask, past_key_values)
+            else:
+                x = self.self_attn.block(x, position_embeddings, attention_mask, past_key_values)
+        if x is None:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, position_ids, past_key_values,
+                **kwargs,
+            )  # fmt: skip
+        if self.mlp.gate._forward_hooks:
+            self.mlp.gate(self.post_attention_layernorm(x))
+        return self.mlp.block(x)
+
+
+#: where the hooks of output_hidden_states and its kin come from
+_RECORDERS = "transformers.utils.output_capturing"
