@@ -11,6 +11,7 @@ static const hm_op kOps[] = {
     hm::moe_block_op,
     hm::attention_block_op,
     hm::gated_delta_block_op,
+    hm::qmatmul_top_op,
 };
 
 extern "C" const hm_op* hm_op_table(int32_t* count) {

@@ -12,6 +12,7 @@ const char* op_gated_delta(const hm_args*);
 const char* op_qmatmul(const hm_args*);
 
 // Ops that can be bound.
-extern const hm_op moe_decode_op, moe_block_op, attention_block_op, gated_delta_block_op;
+extern const hm_op moe_decode_op, moe_block_op, attention_block_op, gated_delta_block_op,
+    qmatmul_top_op;
 
 }  // namespace hm

@@ -193,3 +193,15 @@ def moe_block(
     y = mx.zeros(flat.shape, x.dtype)
     _call("moe_block", [flat, *_lent(norm, *signs, *tables, *buffers)], [y], ints, [eps])
     return y.reshape(x.shape)
+
+
+def qmatmul_top(
+    x: mx.array, norm: Any, signs: tuple, w: Any, top: int, block: int, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`hadamoe.ops.qmatmul_top`."""
+    flat = _rows(x)
+    value, index = (mx.zeros((flat.shape[0], top), t) for t in (mx.float32, mx.int32))
+    inputs = [flat, *_lent(norm, *signs, w.parts, *w.buffers)]
+    _call("qmatmul_top", inputs, [value, index], [block], [eps])
+    shape = (*x.shape[:-1], top)
+    return value.reshape(shape), index.reshape(shape)

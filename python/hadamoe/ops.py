@@ -21,29 +21,11 @@ from .roles import AttentionWeights, DeltaWeights, MoeWeights
 from .weight import Weight
 
 __all__ = [
-    "MAX_THREADS",
-    "AttentionWeights",
-    "DeltaWeights",
-    "MoeWeights",
-    "PackedWeight",
-    "attention",
-    "attention_block",
-    "dequantize",
-    "gated_delta",
-    "gated_delta_block",
-    "hadamard",
-    "instances",
-    "isa",
-    "isas",
-    "moe_block",
-    "moe_decode",
-    "pack",
-    "qmatmul",
-    "set_isa",
-    "set_threads",
-    "supports",
-    "threads",
-]
+    "MAX_THREADS", "AttentionWeights", "DeltaWeights", "MoeWeights", "PackedWeight", "attention",
+    "attention_block", "dequantize", "gated_delta", "gated_delta_block", "hadamard", "instances",
+    "isa", "isas", "moe_block", "moe_decode", "pack", "qmatmul", "qmatmul_top", "set_isa",
+    "set_threads", "supports", "threads",
+]  # fmt: skip
 
 
 def _packed(op: str, weight: Weight | PackedWeight) -> PackedWeight:
@@ -180,6 +162,32 @@ def qmatmul(x: Any, weight: Weight | PackedWeight, *, expert: Any = None) -> Any
     y = np.empty(shape, x.dtype)
     _cpu.call("qmatmul", [flat, w.parts, expert, *w.buffers], [y], [], [])
     return y.reshape(*x.shape[:-1], *shape[1:])
+
+
+def qmatmul_top(
+    x: Any, weight: Weight | PackedWeight, top: int, *, norm: Any = None, eps: float = 1e-6
+) -> tuple[Any, Any]:
+    """The ``top`` largest results of x through rmsnorm, the weight's rotation and the weight.
+
+    Args:
+        x: ``[..., k]``, f32, f16 or bf16, not rotated; k is the weight's in_features.
+        norm: f32 ``[k]``, used as it is; None for no norm.
+
+    Returns:
+        (values f32 ``[..., top]``, largest first, index i32 ``[..., top]``); equal values by index.
+    """
+    w = _packed("qmatmul_top", weight)
+    module, r = _framework("qmatmul_top", "x", x, w.in_features), w.rotation
+    signs, block = ((r.pre, r.post), r.block or 0) if r else ((None, None), -1)
+    if module:
+        return module.qmatmul_top(x, norm, signs, w, top, block, eps)
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    values, index = (np.empty((len(flat), top), t) for t in (np.float32, np.int32))
+    _cpu.call(
+        "qmatmul_top", [flat, norm, *signs, w.parts, *w.buffers], [values, index], [block], [eps]
+    )
+    shape = (*x.shape[:-1], top)
+    return values.reshape(shape), index.reshape(shape)
 
 
 def moe_decode(x: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True) -> Any:

@@ -92,6 +92,13 @@ def qmatmul(x, weight: Weight, expert=None) -> np.ndarray:
     return np.einsum("...k,...ank->...an", x, w[np.asarray(expert)])
 
 
+def qmatmul_top(x, weight: Weight, top: int, *, norm=None, eps=1e-6):
+    """(values f64 [..., top], index [..., top]) of the largest y = rotate(rms_norm(x)) @ W^T."""
+    y = _through(x if norm is None else rms_norm(x, norm, eps), weight)
+    index = np.argsort(-y, -1, kind="stable")[..., :top]
+    return np.take_along_axis(y, index, -1), index
+
+
 def moe_decode(x, moe: dict[str, Weight], *, top_k: int, normalize: bool = True):
     """(y [t, k], expert [t, top_k], weight [t, top_k]) of x [t, k] in f64; ``moe`` by role.
 

@@ -65,12 +65,10 @@ class SparseMoeBlock(Stored):
         inputs = [..., norm, *signs, *tables, *moe.buffers]
         self.bound = _cpu.Bound("moe_block", inputs, 1, self.ints, [eps])
 
-    def block(self, x: Tensor) -> Tensor:
-        """x + moe(rmsnorm(x)) of f32 x [batch, tokens, hidden]."""
-        y = torch.empty_like(x)
+    def block(self, x: Tensor, y: Tensor) -> None:
+        """y = x + moe(rmsnorm(x)), f32 [batch, tokens, hidden]; y may be x."""
         width = x.shape[-1]
         self.bound([x.view(-1, width)], [y.view(-1, width)], [])
-        return y
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate._forward_hooks:  # someone records router logits
@@ -123,26 +121,25 @@ class Attention(hf.Qwen3_5MoeAttention):
         eps = [config.rms_norm_eps]
         self.bound = _cpu.Bound("attention_block", inputs, 3, [..., *ints], eps)
 
-    def block(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, cache) -> Tensor | None:
-        """x + attention(rmsnorm(x)) of f32 x [batch, tokens, hidden].
+    def claim(self, cache, batch: int, tokens: int) -> tuple[Tensor, Tensor, int] | None:
+        """(keys, values, past) of the cache, None where native code cannot write into it."""
+        return claim(cache, self.layer_idx, (batch, *self.heads), tokens, self.dtype)
+
+    def new_states(self, batch: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """Empty keys and values [batch, heads, capacity, d]."""
+        heads, d = self.heads
+        shape = (batch, heads, capacity, d)
+        return torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)
+
+    def block(self, x: Tensor, y: Tensor, angles, mask: Tensor | None, states, past: int) -> None:
+        """y = x + attention(rmsnorm(x)), f32 [batch, tokens, hidden]; y may be x.
 
         Args:
             angles: cos, sin f32 [batch, tokens, rotary].
-            mask: bool [batch, 1, tokens, keys] or None for causal.
-
-        Returns:
-            None where the cache is not one native code writes into.
+            mask: bool [batch, tokens, keys] or None for causal.
+            states: keys and values; written from ``past`` on.
         """
-        batch, tokens, _ = x.shape
-        claimed = claim(cache, self.layer_idx, (batch, *self.heads), tokens, self.dtype)
-        if claimed is None:
-            return None
-        keys, values, past = claimed
-        if mask is not None:
-            mask = mask[:, 0].expand(batch, -1, -1).contiguous()
-        y = torch.empty_like(x)
-        self.bound([x, *angles, mask], [y, keys, values], [past])
-        return y
+        self.bound([x, *angles, mask], [y, *states], [past])
 
     def forward(self, hidden_states: Tensor, position_embeddings, *args, **kwargs):
         qkv = self.qkv_proj(hidden_states, self.dtype)
@@ -192,12 +189,11 @@ class GatedDeltaNet(Stored):
         inputs = [..., ..., norm, *signs, *vectors.values(), *tables, *packed.buffers]
         self.bound = _cpu.Bound("gated_delta_block", inputs, 3, ints, [self.eps])
 
-    def _states(self, cache, batch: int) -> tuple[Tensor, Tensor]:
-        _, hv, dk, dv = self.heads
+    def states(self, cache, batch: int) -> tuple[Tensor, Tensor]:
+        """The conv window and the state of a transformers cache; of no cache, new ones."""
         entry = None if cache is None else cache.layers[self.layer]
         if entry is None or not entry.is_recurrent_states_initialized[0]:
-            conv = self.conv_weight.new_zeros((batch, *self.conv_weight.shape))
-            state = conv.new_zeros((batch, hv, dk, dv))
+            conv, state = self.new_states(batch)
             if entry is None:
                 return conv, state
             entry.lazy_initialization(conv_states=conv)
@@ -209,18 +205,20 @@ class GatedDeltaNet(Stored):
         entry.has_previous_state[0] = True
         return entry.conv_states[0], entry.recurrent_states[0]
 
-    def block(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
-        """x + delta(rmsnorm(x)) of f32 x [batch, tokens, hidden]; mask [batch, tokens] or None."""
-        states = self._states(cache, x.shape[0])
-        if mask is not None:
-            mask = mask.to(torch.bool).contiguous()
-        y = torch.empty_like(x)
+    def new_states(self, batch: int, capacity: int = 0) -> tuple[Tensor, Tensor]:
+        """A conv window and a state of zeros."""
+        _, hv, dk, dv = self.heads
+        conv = self.conv_weight.new_zeros((batch, *self.conv_weight.shape))
+        return conv, conv.new_zeros((batch, hv, dk, dv))
+
+    def block(self, x: Tensor, y: Tensor, mask: Tensor | None, states) -> None:
+        """y = x + delta(rmsnorm(x)), f32 [batch, tokens, hidden]; y may be x. mask: bool
+        [batch, tokens] or None."""
         self.bound([x, mask], [y, *states], [])
-        return y
 
     def forward(self, hidden_states: Tensor, cache_params=None, attention_mask=None, **_) -> Tensor:
         x = hf.apply_mask_to_padding_states(hidden_states, attention_mask)
-        conv, state = self._states(cache_params, x.shape[0])
+        conv, state = self.states(cache_params, x.shape[0])
         y = operators.gated_delta(
             self.in_proj(x), self.conv_weight, self.a_log, self.dt_bias, self.norm, conv, state,
             *self.heads, self.eps, torch.float32,
@@ -242,10 +240,8 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
         nn.Module.__init__(self)
         self.hidden_size, self.block_type = config.hidden_size, config.layer_types[layer]
         self.config = config
-        if self.block_type == "linear_attention":
-            self.linear_attn = mixer
-        else:
-            self.self_attn = mixer
+        self.linear = self.block_type == "linear_attention"
+        setattr(self, "linear_attn" if self.linear else "self_attn", mixer)
         self.mlp = mlp
         for name, gamma in zip(("input_layernorm", "post_attention_layernorm"), norms, strict=True):
             with torch.device("meta"):
@@ -254,12 +250,15 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
             setattr(self, name, module)
         self.parts = list(self.modules())[1:]
 
-    def _in_parts(self, x: Tensor) -> bool:
+    @property
+    def mixer(self) -> nn.Module:
+        """The layer's first half: GatedDeltaNet or Attention."""
+        return self.linear_attn if self.linear else self.self_attn
+
+    def in_parts(self) -> bool:
         """Under torch.compile, for attention other than sdpa, and where a part has hooks of its
         own; transformers' recorders of outputs are no reason."""
-        if torch.compiler.is_compiling() or x.dtype != torch.float32:
-            return True
-        if self.config._attn_implementation != "sdpa":
+        if torch.compiler.is_compiling() or self.config._attn_implementation != "sdpa":
             return True
         return any(
             part._forward_pre_hooks
@@ -280,12 +279,10 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
         **kwargs,
     ) -> Tensor:
         x = None
-        if not self._in_parts(hidden_states):
-            x = hidden_states.contiguous()
-            if self.block_type == "linear_attention":
-                x = self.linear_attn.block(x, attention_mask, past_key_values)
-            else:
-                x = self.self_attn.block(x, position_embeddings, attention_mask, past_key_values)
+        if hidden_states.dtype == torch.float32 and not self.in_parts():
+            x = self._mixed(
+                hidden_states.contiguous(), position_embeddings, attention_mask, past_key_values
+            )
         if x is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, past_key_values,
@@ -293,7 +290,33 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
             )  # fmt: skip
         if self.mlp.gate._forward_hooks:
             self.mlp.gate(self.post_attention_layernorm(x))
-        return self.mlp.block(x)
+        self.mlp.block(x, x)
+        return x
+
+    def _mixed(self, x: Tensor, angles, mask: Tensor | None, cache) -> Tensor | None:
+        """The first half's result; None where the cache is not one native code writes into."""
+        batch, tokens, _ = x.shape
+        y = torch.empty_like(x)
+        if self.linear:
+            mask = None if mask is None else mask.to(torch.bool).contiguous()
+            self.linear_attn.block(x, y, mask, self.linear_attn.states(cache, batch))
+            return y
+        claimed = self.self_attn.claim(cache, batch, tokens)
+        if claimed is None:
+            return None
+        if mask is not None:
+            mask = mask[:, 0].expand(batch, -1, -1).contiguous()
+        self.self_attn.block(x, y, angles, mask, claimed[:2], claimed[2])
+        return y
+
+    def advance(self, x: Tensor, angles, states: tuple[Tensor, Tensor], past: int) -> None:
+        """The whole layer on f32 x [1, tokens, hidden], in place; states as `new_states` makes
+        them."""
+        if self.linear:
+            self.linear_attn.block(x, x, None, states)
+        else:
+            self.self_attn.block(x, x, angles, None, states, past)
+        self.mlp.block(x, x)
 
 
 #: where the hooks of output_hidden_states and its kin come from

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import _cpu
 from .packed import PackedWeight, pack
 from .torch_ops import as_tensor, operators
 from .weight import Rotation, Weight, fuse_rows
@@ -106,6 +107,29 @@ class QLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Head(QLinear):
+    """Logits, or with the final norm in one native call the largest of them.
+
+    Args:
+        norm: f32 [hidden], of the model's last RMSNorm, as it is used. eps: its epsilon.
+    """
+
+    def __init__(self, weight: Weight, norm: np.ndarray, eps: float) -> None:
+        super().__init__(weight, dtype=torch.float32)
+        packed, r = pack(weight), weight.rotation
+        signs, block = ((r.pre, r.post), r.block or 0) if r else ((None, None), -1)
+        inputs = [..., norm, *signs, packed.parts, *packed.buffers]
+        self.bound = _cpu.Bound("qmatmul_top", inputs, 2, [block], [eps])
+
+    def top(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` largest logits of f32 x [tokens, hidden] before the final norm: values f32
+        and tokens i32 [tokens, count], equal ones by index."""
+        values = x.new_empty((len(x), count))
+        index = torch.empty_like(values, dtype=torch.int32)
+        self.bound([x], [values, index], [])
+        return values, index
 
 
 class QEmbedding(Stored):

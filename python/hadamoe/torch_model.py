@@ -20,8 +20,14 @@ from . import formats, ops
 from .errors import ContractError, FormatError, UnsupportedError
 from .formats import ModelFiles
 from .resident import Progress, make_resident
-from .torch_blocks import Attention, DecoderLayer, GatedDeltaNet, SparseMoeBlock, zero_centred
-from .torch_layers import QEmbedding, QLinear
+from .torch_blocks import (
+    Attention,
+    DecoderLayer,
+    GatedDeltaNet,
+    SparseMoeBlock,
+    zero_centred,
+)
+from .torch_layers import Head, QEmbedding, QLinear
 from .weight import Weight, fuse_rows
 
 
@@ -95,8 +101,8 @@ def _build(
         _fill_vision(model.model.visual, files, dtype)
         model.model.register_forward_pre_hook(_forget_positions, with_kwargs=True)
     _fill_text(model.model.language_model if vision else model.model, files, dtype)
-    head = files.weights["lm_head"]
-    model.lm_head = QLinear(head, dtype=torch.float32)
+    norm = files.tensors["norm"].astype(np.float32)
+    model.lm_head = Head(files.weights["lm_head"], norm, config.get_text_config().rms_norm_eps)
     _finish(model, path, dtype)
     return model, _tokenizer(path) if files.tokenizer else None
 

@@ -220,6 +220,25 @@ def _moe_block(x, *args):
     return y
 
 
+@_op(
+    "qmatmul_top(Tensor x, Tensor? norm, Tensor? pre, Tensor? post, Tensor parts, "
+    "Tensor[] buffers, SymInt top, int block, float eps) -> (Tensor value, Tensor index)"
+)
+def _qmatmul_top(x, norm, pre, post, parts, buffers, top, block, eps):
+    flat = x.contiguous().view(-1, x.shape[-1])
+    value = x.new_empty((*x.shape[:-1], top), dtype=torch.float32)
+    index = torch.empty_like(value, dtype=torch.int32)
+    outputs = [value.view(-1, top), index.view(-1, top)]
+    _cpu.call("qmatmul_top", [flat, norm, pre, post, parts, *buffers], outputs, [block], [eps])
+    return value, index
+
+
+@_fake("qmatmul_top")
+def _(x, norm, pre, post, parts, buffers, top, block, eps):
+    value = x.new_empty((*x.shape[:-1], top), dtype=torch.float32)
+    return value, torch.empty_like(value, dtype=torch.int32)
+
+
 for _name in ("attention_block", "gated_delta_block", "moe_block"):
     _fake(_name)(lambda x, *args: x.new_empty(x.shape))
 
@@ -274,6 +293,14 @@ def qmatmul(x: Tensor, weight: Any, *, expert: Tensor | None = None) -> Tensor:
         raise ContractError("qmatmul: expert has shape {}, x has {}".format(*shapes))
     parts, buffers = _stored(weight)
     return operators.qmatmul(x, parts, expert, buffers, weight.rows, x.dtype)
+
+
+def qmatmul_top(
+    x: Tensor, norm: Any, signs: tuple, weight: Any, top: int, block: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`hadamoe.ops.qmatmul_top` on torch tensors."""
+    parts, buffers = _stored(weight)
+    return operators.qmatmul_top(x, *map(_signs, (norm, *signs)), parts, buffers, top, block, eps)
 
 
 def moe_decode(x: Tensor, moe: Any, *, top_k: int, normalize: bool = True) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import ContractError
+from .torch_decode import Decoder
 
 __all__ = ["Generation", "bits_per_byte", "encode", "generate", "resident_bytes", "stream"]
 
@@ -165,25 +166,83 @@ def stream(
     ids = encode(tokenizer, prompt, chat) if isinstance(prompt, str) else prompt
     if seed is not None:
         torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p}
-    if not stop:
-        sampling["eos_token_id"] = None
-        sampling["min_new_tokens"] = max_tokens
     result = Generation()
     decode = None
     if tokenizer is not None:
         decode = lambda pending: tokenizer.decode(pending, skip_special_tokens=True)  # noqa: E731
     with one_torch_thread():
+        streamer = _Streamer(decode, on_text, result, time.perf_counter())
+        if _ours(model, ids):
+            pick = _Pick(model.generation_config.top_k, temperature, top_p)
+            _stream_natively(model, ids, max_tokens, pick, stop, streamer)
+            return result
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling |= {"temperature": temperature, "top_p": top_p}
+        if not stop:
+            sampling |= {"eos_token_id": None, "min_new_tokens": max_tokens}
+        mask = torch.ones_like(ids)
         model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            streamer=_Streamer(decode, on_text, result, time.perf_counter()),
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, streamer=streamer,
             **sampling,
-        )
+        )  # fmt: skip
     return result
+
+
+#: What a checkpoint's generation config may ask for that only transformers' generate() does.
+_ONLY_THEIRS = (
+    "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "force_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "sequence_bias", "guidance_scale", "penalty_alpha", "watermarking_config", "stop_strings",
+    "max_time", "exponential_decay_length_penalty", "min_new_tokens",
+)  # fmt: skip
+
+
+def _ours(model: Any, ids: torch.Tensor) -> bool:
+    """Whether `Decoder` gives what transformers' generate() would: one sequence, plain sampling."""
+    asked = model.generation_config.to_diff_dict()
+    wants = any(asked.get(name) not in (None, 0, 1.0) for name in _ONLY_THEIRS)  # 1: no penalty
+    return len(ids) == 1 and Decoder.fits(model) and not wants
+
+
+class _Pick:
+    """Chooses tokens as transformers' warpers do: temperature, top k, top p, in this order."""
+
+    def __init__(self, top_k: int | None, temperature: float, top_p: float) -> None:
+        self.top_k = 50 if top_k is None else top_k  # transformers' default
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, decoder: Decoder, x: torch.Tensor) -> int:
+        if not self.temperature:
+            return int(decoder.top(x, 1)[1])
+        if self.top_k:
+            values, index = decoder.top(x, min(self.top_k, decoder.head.out_features))
+        else:  # only all logits tell what a token's share is
+            values, index = decoder.logits(x).sort(descending=True, stable=True)
+        p = (values / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            rest = p.flip(0).cumsum(0).flip(0)  # of a token and all less likely ones
+            rest[0] = 1  # the likeliest always stays
+            p = torch.where(rest > 1 - self.top_p, p, 0)
+        return int(index[torch.multinomial(p, 1)])
+
+
+def _stream_natively(
+    model: Any, ids: torch.Tensor, count: int, pick: _Pick, stop: bool, streamer: _Streamer
+) -> None:
+    eos = model.generation_config.eos_token_id if stop else None
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    streamer.put(ids)
+    decoder = Decoder(model, ids.shape[1] + count)
+    token = pick(decoder, decoder.feed(ids))
+    one = torch.empty(1, 1, dtype=torch.int64)
+    for left in range(count - 1, -1, -1):
+        streamer.put(one.fill_(token))
+        if token in ends or not left:
+            break
+        token = pick(decoder, decoder.feed(one))
+    streamer.end()
 
 
 def generate(model: Any, ids: Any, new_tokens: int) -> Generation:

@@ -34,6 +34,10 @@ def test_attention(runner):
     prove(runner, [layers.exact_attention_case(), *layers.attention_cases()])
 
 
+def test_qmatmul_top(runner):
+    prove(runner, layers.qmatmul_top_cases())
+
+
 @pytest.mark.parametrize("op", layers.BLOCKS)
 def test_blocks(runner, op):
     prove(runner, layers.block_cases(op))

@@ -130,6 +130,14 @@ def test_attention_writes_its_caches_in_place(rng):
         np.testing.assert_array_equal(numbers(ours), mine)
 
 
+def test_qmatmul_top(rng):
+    w = samples.random_weight(rng, INST, 24, 256, kind="gaussian")
+    x = rng.standard_normal((2, 3, 256)).astype("f4")
+    for a, b in zip(ops.qmatmul_top(mx.array(x), w, 4), ops.qmatmul_top(x, w, 4), strict=True):
+        assert a.shape == (2, 3, 4)
+        np.testing.assert_array_equal(np.array(a), b)
+
+
 @pytest.mark.parametrize("transform", [mx.compile, mx.vmap], ids=["compile", "vmap"])
 def test_refuses_to_run_inside_a_transformation(transform, x):
     with pytest.raises(UnsupportedError) as e:

@@ -112,6 +112,14 @@ def test_attention_gives_the_same_bits(rng):
     same(tensors[6], arrays["values"])
 
 
+def test_the_largest_results_are_the_same(rng):
+    x, w = rng.normal(size=(2, 3, K)).astype(np.float32), weight(rng, N, K, 1, Rotation(16))
+    want = ops.qmatmul_top(x, w, 4, norm=np.ones(K, np.float32))
+    got = ops.qmatmul_top(torch.from_numpy(x), w, 4, norm=np.ones(K, np.float32))
+    for a, b in zip(got, want, strict=True):
+        same(a, b)
+
+
 def test_bf16_results_are_rounded_f32_results(rng):
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
     w = weight(rng, N, K)
@@ -177,6 +185,10 @@ def block_calls(rng, x, delta, seen, moe):
     arrays = (norm, *turns, *delta[1:5], *tables, buffers, *delta[5:])
     calls["gated_delta_block"] = (x, mask, *arrays, *ints, 1e-6)
     turns, tables, buffers, ints = fixed(moe, 2, True)
+    head = ops.pack(weight(rng, 48, K, 1, hidden))
+    pre, shared = as_tensor(head.rotation.pre), [as_tensor(b) for b in head.buffers]
+    arrays = (norm, pre, None, as_tensor(head.parts), shared)
+    calls["qmatmul_top"] = (x, *arrays, 5, 0, 1e-6)
     calls["moe_block"] = (x, norm, *turns, *tables, buffers, *ints, 1e-6)
     return calls
 

@@ -343,6 +343,7 @@ def by_op_and_instance(
     yield ("gated_delta", None), list(gated_delta_cases(seed))
     exact = layers.exact_attention_case(seed)
     yield ("attention", None), [exact, *layers.attention_cases(seed)]
+    yield ("qmatmul_top", None), list(layers.qmatmul_top_cases(seed))
     for op in layers.BLOCKS:
         yield (op, None), list(layers.block_cases(op, seed))
     for inst in ops.instances():

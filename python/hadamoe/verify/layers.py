@@ -253,3 +253,29 @@ def block_cases(op: str, seed: int = 0) -> Iterator[Case]:
 
         want = tuple(np.zeros_like(a) for a in call(True))
         yield Case(op, "exact", f"rotation={kind}", None, run, want)
+
+
+def qmatmul_top_cases(seed: int = 0) -> Iterator[Case]:
+    """`ops.qmatmul_top` exactly: integers with many equal results, in several pieces."""
+    rng = np.random.default_rng(seed)
+    for rows, top, tokens in ((20000, 50, 1), (8193, 1, 9), (40, 40, 3), (1, 1, 2)):
+        w = random_weight(rng, LINEAR, rows, 64, group=32)
+        x = rng.integers(-4, 5, (tokens, 64)).astype(np.float32)
+        want = reference.qmatmul_top(x, w, top)
+        label = f"n={rows} top={top} t={tokens}"
+        yield Case(
+            "qmatmul_top", "exact", label, LINEAR, lambda a=(x, w, top): ops.qmatmul_top(*a), want
+        )
+    for kind in ("none", "blocks", "rows"):
+        turn, _ = rotations(rng, kind, 64, 64)
+        w = block_weight(rng, 300, 64, turn)
+        x, norm = signs_of(rng, 2, 64), rng.uniform(0.5, 1.5, 64).astype(np.float32)
+
+        def run(x=x, norm=norm, w=w) -> tuple[np.ndarray, ...]:
+            values, index = ops.qmatmul_top(x, w, 7, norm=norm, eps=0.0)
+            y = parts_of(x * norm, w)
+            order = np.argsort(-y, -1, kind="stable")[:, :7]
+            return values - np.take_along_axis(y, order, -1), index - order
+
+        want = np.zeros((2, 7), np.float32), np.zeros((2, 7), np.int64)
+        yield Case("qmatmul_top", "exact", f"rotation={kind}", LINEAR, run, want)
