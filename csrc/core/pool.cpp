@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -19,6 +22,27 @@ inline void relax() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   __asm__ __volatile__("yield");
+#endif
+}
+
+// A small virtual machine's kernel may leave two spinning threads on one processor for seconds while
+// another idles. A worker that finds itself on the caller's asks to be put elsewhere.
+inline int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+inline void leave_cpu(int cpu) {
+#if defined(__linux__)
+  cpu_set_t allowed, others;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) < 2) return;
+  others = allowed;
+  CPU_CLR(cpu, &others);
+  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+  (void)cpu;
 #endif
 }
 
@@ -50,6 +74,7 @@ class Pool {
     uint32_t closed = generation_.load(std::memory_order_relaxed) + 1;
     ticket_.store(uint64_t(closed) << 32 | UINT32_MAX);
     generation_.store(closed);
+    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
     while (inside_.load()) relax();
     job_ = {body, ctx, count};
     done_.store(0, std::memory_order_relaxed);
@@ -91,6 +116,7 @@ class Pool {
       uint32_t generation = await(seen);
       if (stop_) return;
       seen = generation;
+      if (const int cpu = current_cpu(); cpu >= 0 && cpu == caller_cpu_.load(std::memory_order_relaxed)) leave_cpu(cpu);
       inside_.fetch_add(1);
       if (generation_.load() == generation && !(generation & 1)) {
         Job job = job_;
@@ -120,6 +146,7 @@ class Pool {
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<uint32_t> inside_{0};
   std::atomic<uint32_t> parked_{0};
+  std::atomic<int> caller_cpu_{-1};
   std::atomic<bool> stop_{false};
   Job job_{};
   std::vector<std::thread> workers_;

@@ -4,6 +4,7 @@
 // The a largest of the rows times rotate(rmsnorm(x)), largest first, equal ones by index. NaN counts as -inf.
 // Products stay in memory of the thread's own: what a caller would have to allocate, copy and search.
 #include <algorithm>
+#include <functional>
 
 #include "../core/pool.h"
 #include "fused.h"
@@ -15,7 +16,7 @@ namespace {
 enum Input { kX, kNorm, kPre, kPost, kParts, kBuffers };
 constexpr RotationNames kNames{"x", "block", "pre", "post", "pq"};
 constexpr int64_t kTokens = 8;     // at once: 1 MB of products each for a large vocabulary
-constexpr int64_t kRows = 8192;    // a thread looks through
+constexpr int64_t kSpan = 256;     // rows
 constexpr int64_t kMostTop = 4096;
 
 struct Entry {
@@ -24,31 +25,40 @@ struct Entry {
 };
 bool better(const Entry& a, const Entry& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
 
-// The best `most` of y[begin, end), in no order; returns how many.
-int64_t best(const float* y, int64_t begin, int64_t end, int64_t most, Entry* found) {
-  int64_t n = 0, i = begin;
-  for (; i < end && n < most; ++i) found[n++] = {y[i] == y[i] ? y[i] : -__builtin_inff(), int32_t(i)};
-  std::make_heap(found, found + n, better);  // the worst in front
-  constexpr int64_t kStep = 16;
-  while (i < end) {
-    const float worst = found[0].value;
-    if (i + kStep <= end) {
-      int any = 0;
-      for (int64_t j = 0; j < kStep; ++j) any |= y[i + j] > worst;
-      if (!any) {
-        i += kStep;
-        continue;
-      }
-    }
-    const int64_t stop = std::min(i + kStep, end);
-    for (; i < stop; ++i)
-      if (y[i] > found[0].value) {
-        std::pop_heap(found, found + n, better);
-        found[n - 1] = {y[i], int32_t(i)};
-        std::push_heap(found, found + n, better);
-      }
+// The largest of y[begin, end), -inf where all are NaN.
+float largest(const float* y, int64_t begin, int64_t end) {
+  constexpr int kLanes = 16;
+  float lane[kLanes], most = -__builtin_inff();
+  for (float& m : lane) m = most;
+  for (; begin + kLanes <= end; begin += kLanes)
+    for (int l = 0; l < kLanes; ++l) lane[l] = y[begin + l] > lane[l] ? y[begin + l] : lane[l];
+  for (float m : lane) most = m > most ? m : most;
+  for (; begin < end; ++begin) most = y[begin] > most ? y[begin] : most;
+  return most;
+}
+
+// The best `top` of y[rows], in order, given the largest of every kSpan rows. The top-th largest of those is
+// no more than the top-th largest of all, so few spans hold anything else.
+void select(const float* y, int64_t rows, const float* most, int64_t top, float* value, int32_t* index) {
+  std::vector<float> spans(most, most + (rows + kSpan - 1) / kSpan);
+  float floor = -__builtin_inff();
+  if (top <= int64_t(spans.size())) {
+    std::nth_element(spans.begin(), spans.begin() + (top - 1), spans.end(), std::greater<float>());
+    floor = spans[size_t(top - 1)];
   }
-  return n;
+  std::vector<Entry> found;
+  for (int64_t first = 0; first < rows; first += kSpan) {
+    if (most[first / kSpan] < floor) continue;
+    for (int64_t i = first; i < std::min(first + kSpan, rows); ++i) {
+      const float v = y[i] == y[i] ? y[i] : -__builtin_inff();
+      if (v >= floor) found.push_back({v, int32_t(i)});
+    }
+  }
+  std::partial_sort(found.begin(), found.begin() + top, found.end(), better);
+  for (int64_t i = 0; i < top; ++i) {
+    value[i] = found[size_t(i)].value;
+    index[i] = found[size_t(i)].index;
+  }
 }
 
 class Top {
@@ -92,7 +102,7 @@ class Top {
 
   void batch(const char* x, hm_scale type, int64_t count, int64_t top, float* value, int32_t* index) const {
     Scratch scratch;
-    const int64_t rows = weight_->parts.rows, pieces = (rows + kRows - 1) / kRows;
+    const int64_t rows = weight_->parts.rows;
     float* y = scratch.floats(count * rows);
     BlockTokens tokens(*input_);
     tokens.add_reader(c_, *weight_);
@@ -101,27 +111,16 @@ class Top {
     tokens.add_products(products, *weight_, *buffers_, y, rows, count);
     products.run();
 
-    Entry* found = scratch.take<Entry>(count * pieces * top);
-    int64_t* sizes = scratch.take<int64_t>(count * pieces);
-    parallel_range(count * pieces, 2, [&](int64_t begin, int64_t end) {
+    const int64_t spans = (rows + kSpan - 1) / kSpan;
+    float* most = scratch.floats(count * spans);
+    parallel_range(count * spans, 64, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
-        const int64_t first = u % pieces * kRows;
-        sizes[u] = best(y + u / pieces * rows, first, std::min(first + kRows, rows), top, found + u * top);
+        const int64_t first = u % spans * kSpan;
+        most[u] = largest(y + u / spans * rows, first, std::min(first + kSpan, rows));
       }
     });
-    for (int64_t t = 0; t < count; ++t) {
-      Entry* all = found + t * pieces * top;
-      int64_t n = 0;
-      for (int64_t p = 0; p < pieces; ++p) {
-        std::copy(all + p * top, all + p * top + sizes[t * pieces + p], all + n);
-        n += sizes[t * pieces + p];
-      }
-      std::partial_sort(all, all + top, all + n, better);
-      for (int64_t i = 0; i < top; ++i) {
-        value[t * top + i] = all[i].value;
-        index[t * top + i] = all[i].index;
-      }
-    }
+    for (int64_t t = 0; t < count; ++t)
+      select(y + t * rows, rows, most + t * spans, top, value + t * top, index + t * top);
   }
 
   Contract c_{"qmatmul_top"};
