@@ -127,7 +127,7 @@ HM_INLINE void book_tile(const QmatmulTask& task, const Book& plan, int64_t begi
     HM_UNROLL
     for (int r = 0; r < kRows; ++r) {
       codes[r] = load_codes<kBits>(b, p[r]);
-      _mm_prefetch(reinterpret_cast<const char*>(p[r] + kAhead), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(p[r] + kAhead), _MM_HINT_T0);
       p[r] += 16 * kBits;
     }
     next(codes, block);
