@@ -109,7 +109,7 @@ struct QmatmulInput {
   float* x;            // [padded]: columns rounded up to 256, zeros behind them
   float* sums;         // [padded / 32]: of 32 columns; AVX-512: units of 128
   int8_t* planes[3];   // AVX-512: x as three signed bytes, by layout
-  float* spread;       // AVX-512: x for codebooks; see qmatmul_avx512_codebook.h
+  float* spread;       // AVX-512: x for codebooks; see qmatmul_avx512_f32.h
   int32_t* sums32;     // AVX-512: sums of the bytes over 32 columns, [padded / 32][4]
   QmatmulUnit* units;  // AVX-512: of each level in turn, padded / level's columns
 };

@@ -5,8 +5,7 @@
 // for all of the task's tokens: weights stream past once, in order, while the tokens sit in L1. Memory is the
 // limit, so a row of codes is unpacked once for up to four tokens.
 //
-// This file: plain bf16, f16 and f32 rows on every ISA, and codes as f32 lanes where there is no byte dot
-// product:
+// This file: plain bf16, f16 and f32 rows, and codes as f32 lanes where there is no byte dot product:
 //
 //   8 codes of the bit stream -> one word shifted into lanes -> f32, by table or as they are -> multiply-add
 //
@@ -21,6 +20,7 @@
 namespace hm {
 namespace {
 
+#if !HM_ISA_AVX512
 constexpr int kTokens = 4;  // in one pass over a row
 
 // ---- plain numbers
@@ -78,7 +78,6 @@ void plain_rows(const QmatmulTask& task, int64_t begin, int64_t end) {
   }
 }
 
-#if !HM_ISA_AVX512
 // ---- codes to f32 lanes
 
 // Two GGUF blocks: a scale byte, then byte j holds code j below and code j + 16 above.
@@ -226,13 +225,15 @@ void qmatmul_quantized(const QmatmulTask& task, int64_t begin, int64_t end) {
     default: return code_rows<8>(task, begin, end);
   }
 }
-#endif
-
-void qmatmul(const QmatmulTask& task, int64_t begin, int64_t end) {
-  if (task.table != hm_plain) return qmatmul_quantized(task, begin, end);
+void qmatmul_plain(const QmatmulTask& task, int64_t begin, int64_t end) {
   if (task.scale_type == hm_f32) return plain_rows<hm_f32>(task, begin, end);
   if (task.scale_type == hm_f16) return plain_rows<hm_f16>(task, begin, end);
   plain_rows<hm_bf16>(task, begin, end);
+}
+#endif
+
+void qmatmul(const QmatmulTask& task, int64_t begin, int64_t end) {
+  task.table == hm_plain ? qmatmul_plain(task, begin, end) : qmatmul_quantized(task, begin, end);
 }
 
 // ---- tokens

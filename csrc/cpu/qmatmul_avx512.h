@@ -4,7 +4,7 @@
 //
 // x is 24-bit fixed point in three signed bytes h m l, with a unit for each 128 columns (qmatmul_avx512_prepare.h).
 // u is the code, or twice an E2M1 number above the smallest, an unsigned byte (qmatmul_avx512_codes.h). No byte holds
-// entries of a codebook: qmatmul_avx512_codebook.h. vpdpbusd adds 4 products
+// entries of a codebook: qmatmul_avx512_f32.h. vpdpbusd adds 4 products
 // u8 * s8 into each of 16 int32 lanes: the rows' words of 4 codes times one dword of x. X[g] is the sum of x over the
 // group and shift what is left of the bias when codes count from their middle: a difference of two large terms would
 // keep the roundings of both. The centre is taken off as integers: sums start at -centre * sum(x).
@@ -21,7 +21,7 @@
 // of the transpose, 1 or 2 to unpack. Bytes: 8 * bits from memory, 192 of x from L1. More than four tokens unpack
 // a panel once and pass over it four tokens at a time.
 #pragma once
-#include "qmatmul_avx512_codebook.h"
+#include "qmatmul_avx512_f32.h"
 
 namespace hm {
 namespace {
