@@ -7,8 +7,9 @@
 // as they are.
 //
 // Whatever the tile of rows and tokens, a block's sum is two chains, and a row adds its blocks in order, each under
-// its scale: the order of additions depends on the column alone, and a long row rounds little. Four rows for one token,
-// or one row for four tokens, have chains enough to hide the latency of a sum. Sixteen rows are reduced together.
+// its scale: the order of additions depends on the column alone, and a long row rounds little. Blocks are
+// independent, so one row keeps a core busy, and memory is fastest read in one stream; books of 2 bits, where arithmetic
+// is the limit, take four rows for one token. Sixteen rows are reduced together.
 #pragma once
 #include "qmatmul_avx512_scales.h"
 
@@ -20,7 +21,7 @@ constexpr int64_t kAhead = 4096;  // prefetch distance, bytes
 // Rows of codes of a book.
 template <int kBits>
 struct BookRows {
-  static constexpr int kBlockBytes = 16 * kBits;
+  static constexpr int kBlockBytes = 16 * kBits, kRows = kBits == 2 ? 4 : 1;  // rows at once for one token
   struct Block {
     __m512i codes;
   };
@@ -65,7 +66,7 @@ struct BookRows {
 // Rows of bf16, f16 or f32.
 template <int kType>
 struct PlainRows {
-  static constexpr int kSize = kType == hm_f32 ? 4 : 2, kBlockBytes = 128 * kSize;
+  static constexpr int kSize = kType == hm_f32 ? 4 : 2, kBlockBytes = 128 * kSize, kRows = 1;
   struct Block {
     const uint8_t* p;
     int live;  // columns
@@ -216,7 +217,7 @@ void f32_rows_of(const QmatmulTask& task, int64_t begin, int64_t end) {
     int64_t t = 0;
     for (; t + 4 <= task.token_count; t += 4) direct_rows<D, 1, 4, kWhole>(d, task, n, rows, t);
     for (; t + 2 <= task.token_count; t += 2) direct_rows<D, 2, 2, kWhole>(d, task, n, rows, t);
-    for (; t < task.token_count; ++t) direct_rows<D, 4, 1, kWhole>(d, task, n, rows, t);
+    for (; t < task.token_count; ++t) direct_rows<D, D::kRows, 1, kWhole>(d, task, n, rows, t);
   }
 }
 
