@@ -11,12 +11,13 @@ namespace hm {
 // Takes are freed together when the Scratch ends; Scratches of one thread nest.
 class Scratch {
  public:
-  Scratch() : slab_(arena().slab), used_(arena().used) { ++arena().depth; }
+  Scratch() : slab_(arena().slab), used_(arena().used), live_(arena().live) { ++arena().depth; }
   Scratch(const Scratch&) = delete;
   ~Scratch() {
     Arena& a = arena();
     a.slab = slab_;
     a.used = used_;
+    a.live = live_;
     if (--a.depth == 0) a.settle();
   }
 
@@ -28,7 +29,7 @@ class Scratch {
   float* floats(int64_t count) { return take<float>(count); }
 
  private:
-  static constexpr int64_t kLine = 64, kFirst = 1 << 20, kKept = 64 << 20;  // bytes
+  static constexpr int64_t kLine = 64, kFirst = 1 << 20, kKept = 128 << 20;  // bytes; 512 tokens take 80 MB
 
   struct Slab {
     std::unique_ptr<char[]> memory;
@@ -37,7 +38,7 @@ class Scratch {
   struct Arena {
     std::vector<Slab> slabs;
     size_t slab = 0;  // in use, and how much of it
-    int64_t used = 0;
+    int64_t used = 0, live = 0, peak = 0;
     int depth = 0;
 
     void* take(int64_t bytes) {
@@ -54,15 +55,17 @@ class Scratch {
       char* base = slabs[slab].memory.get();
       char* at = base + (kLine - reinterpret_cast<uintptr_t>(base) % kLine) % kLine + used;
       used += bytes;
+      live += bytes;
+      if (live > peak) peak = live;
       return at;
     }
-    // A long prompt's memory goes back; a token's becomes one slab.
+    // Several slabs become one; what a call needs beyond the limit goes back.
     void settle() {
-      int64_t total = 0;
-      for (const Slab& s : slabs) total += s.size;
-      if (slabs.size() <= 1 && total <= kKept) return;
-      slabs.clear();
-      if (total <= kKept) slabs.push_back({std::unique_ptr<char[]>(new char[size_t(total + kLine)]), total});
+      if (slabs.size() > 1 || (!slabs.empty() && slabs[0].size > kKept)) {
+        slabs.clear();
+        if (peak <= kKept) slabs.push_back({std::unique_ptr<char[]>(new char[size_t(peak + kLine)]), peak});
+      }
+      peak = 0;
     }
   };
   static Arena& arena() {
@@ -71,7 +74,7 @@ class Scratch {
   }
 
   size_t slab_;
-  int64_t used_;
+  int64_t used_, live_;
 };
 
 }  // namespace hm
