@@ -39,7 +39,7 @@ class Row:
     """One measurement of a kernel.
 
     Attributes:
-        what: ``dense`` (one matrix, one token) or ``experts`` (8 of a stack, one token).
+        what: ``dense`` (one matrix) or ``experts`` (8 of a stack).
         gbytes: 1e9 bytes of codes, scales and biases read per second.
         fraction: of the read bandwidth of the same number of threads.
         flops_per_byte: two per weight, over the bytes that weight takes.
@@ -164,11 +164,17 @@ class _Pool:
 
 
 def _measure(
-    instance: Instance, what: str, rows: int, columns: int, budget: float, pool_bytes: int
+    instance: Instance,
+    what: str,
+    rows: int,
+    columns: int,
+    tokens: int,
+    budget: float,
+    pool_bytes: int,
 ) -> tuple[float, int]:
     """(seconds, bytes) of a pass over the pool: through one matrix after the other, or through 8
     experts of a stack after 8 others."""
-    x = np.random.default_rng(1).standard_normal((1, columns), np.float32)
+    x = np.random.default_rng(1).standard_normal((tokens, columns), np.float32)
     if what != "experts":
         pool = _Pool(instance, rows, columns, pool_bytes, least=2)
         dense = [ops.pack(Weight(columns, ((pool.part(i),),))) for i in range(pool.matrices)]
@@ -179,8 +185,9 @@ def _measure(
     stack = ops.pack(Weight(columns, tuple((pool.part(i),) for i in range(count))))
     picks = np.random.default_rng(2).permutation(count).astype(np.int32)
     picks = picks[: count // 8 * 8].reshape(-1, 1, 8)
+    picks = np.repeat(picks, tokens, axis=1)
     seconds = _seconds(lambda: [ops.qmatmul(x, stack, expert=e) for e in picks] and None, budget)
-    return seconds, pool.part(0).nbytes * picks.size
+    return seconds, pool.part(0).nbytes * picks.size // tokens
 
 
 def instances(
@@ -190,6 +197,7 @@ def instances(
     budget: float = 0.3,
     pool_bytes: int = POOL_BYTES,
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    tokens: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Measure every instance of this build: one token through one matrix, and through 8 experts.
@@ -199,13 +207,14 @@ def instances(
         only: the instances to measure; None for all.
         budget: seconds spent on each measurement.
         pool_bytes: bytes of codes a measurement cycles through.
+        tokens: that go through each matrix together.
         shapes: (rows, columns) by what it is; ``experts`` is a stack of which 8 are read.
     """
     rows = []
     for instance in only or ops.instances():
         progress(str(instance))
         for what, (n, k) in shapes.items():
-            seconds, nbytes = _measure(instance, what, n, k, budget, pool_bytes)
+            seconds, nbytes = _measure(instance, what, n, k, tokens, budget, pool_bytes)
             rate = nbytes / seconds / 1e9
             per_weight = nbytes / (round(nbytes / _bytes_per_weight(instance)))
             rows.append(
