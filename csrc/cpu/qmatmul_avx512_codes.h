@@ -105,7 +105,7 @@ inline __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~__mmask64(0) : (__mm
 
 // Words of 16 rows from p, `bytes` of each (all of a chunk's, or what is left of the row). Rows past the last one
 // repeat it. Memory is read in order, so the far prefetch runs along the codes of the rows behind these, and the
-// near one fetches each row's next chunk from there.
+// near one fetches each row's next chunks from there; a line past them, for rows seldom begin at one.
 template <class C>
 HM_INLINE void load_chunk(const CodePlan& c, const uint8_t* p, int64_t row_bytes, int rows, int64_t bytes,
                           const uint8_t* far, __m512i (&a)[16]) {
@@ -114,7 +114,7 @@ HM_INLINE void load_chunk(const CodePlan& c, const uint8_t* p, int64_t row_bytes
     for (int r = 0; r < 16; ++r) {
       const uint8_t* row = p + r * row_bytes;
       a[r] = C::kStride == 64 ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi8(first_bytes(C::kStride), row);
-      _mm_prefetch(reinterpret_cast<const char*>(row + C::kStride), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(row + C::kStride + 128), _MM_HINT_T0);
       if (r < (C::kStride + 3) / 4) _mm_prefetch(reinterpret_cast<const char*>(far + 64 * r), _MM_HINT_T1);
     }
   } else {
