@@ -3,6 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "amx.h"
 #include "kernels.h"
 
 namespace hm {
@@ -18,8 +19,10 @@ std::vector<const Kernels*> usable() {
   // Ice Lake and Zen 4 on: byte permutes across the register and 8-bit dot products.
   if (avx2 && has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
       has(__builtin_cpu_supports("avx512vl")) && has(__builtin_cpu_supports("avx512dq")) &&
-      has(__builtin_cpu_supports("avx512vbmi")) && has(__builtin_cpu_supports("avx512vnni")))
+      has(__builtin_cpu_supports("avx512vbmi")) && has(__builtin_cpu_supports("avx512vnni"))) {
     found.push_back(&kernels_avx512);
+    if (amx_usable()) found.push_back(&kernels_amx());
+  }
 #elif defined(__aarch64__)
   found.push_back(&kernels_neon);
 #endif

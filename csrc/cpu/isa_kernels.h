@@ -1,4 +1,4 @@
-// The body of each isa_*.cpp: all kernels over one vector layer, in an unnamed namespace so that no
+// The body of each isa_*.cpp but isa_amx.cpp: all kernels over one vector layer, in an unnamed namespace so that no
 // symbol built with this ISA's flags can be picked by the linker for another (no weak symbols, no
 // C++ standard headers; tests/test_architecture.py checks both).
 #include "kernels.h"

@@ -137,6 +137,12 @@ HM_INLINE void begin_unit(const QmatmulUnit* const (&unit)[kTokens], Sums<kToken
   }
 }
 
+// What sums of h, m and l add up to.
+HM_INLINE __m512 number_of(__m512i h, __m512i m, __m512i l) {
+  const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(h, 8), m);
+  return fma(_mm512_cvtepi32_ps(high), splat(256), _mm512_cvtepi32_ps(l));
+}
+
 // D of token t.
 template <int kTokens>
 HM_INLINE __m512 end_unit(const Sums<kTokens>& sums, int t) {
@@ -146,8 +152,7 @@ HM_INLINE __m512 end_unit(const Sums<kTokens>& sums, int t) {
     s[p] = sums.s[t][0][p];
     if constexpr (kTokens == 1) s[p] = _mm512_add_epi32(s[p], sums.s[t][1][p]);
   }
-  const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(s[0], 8), s[1]);
-  return fma(_mm512_cvtepi32_ps(high), splat(256), _mm512_cvtepi32_ps(s[2]));
+  return number_of(s[0], s[1], s[2]);
 }
 
 // Adds a panel's products to y[t], 16 rows of each of kTokens tokens. kWords: of a unit. A function by itself, or
@@ -267,20 +272,26 @@ void rows_of(const QmatmulTask& task, const CodePlan& c, int64_t begin, int64_t 
   }
 }
 
+// Calls f with the Codes of a task of bytes.
+template <class F>
+void with_codes(const QmatmulTask& task, F f) {
+  if (task.table == hm_e2m1_gguf) return f(Codes<4, true, true>());
+  if (task.table == hm_e2m1) return f(Codes<4, true>());
+  switch (task.bits) {
+    case 2: return f(Codes<2>());
+    case 3: return f(Codes<3>());
+    case 4: return f(Codes<4>());
+    case 5: return f(Codes<5>());
+    case 6: return f(Codes<6>());
+    default: return f(Codes<8>());
+  }
+}
+
 void qmatmul_quantized(const QmatmulTask& task, int64_t begin, int64_t end) {
   if (task.table == hm_codebook) return qmatmul_codebook(task, begin, end);
   CodePlan c;
   plan_codes(task, c);
-  if (task.table == hm_e2m1_gguf) return rows_of<Codes<4, true, true>>(task, c, begin, end);
-  if (task.table == hm_e2m1) return rows_of<Codes<4, true>>(task, c, begin, end);
-  switch (task.bits) {
-    case 2: return rows_of<Codes<2>>(task, c, begin, end);
-    case 3: return rows_of<Codes<3>>(task, c, begin, end);
-    case 4: return rows_of<Codes<4>>(task, c, begin, end);
-    case 5: return rows_of<Codes<5>>(task, c, begin, end);
-    case 6: return rows_of<Codes<6>>(task, c, begin, end);
-    default: return rows_of<Codes<8>>(task, c, begin, end);
-  }
+  with_codes(task, [&](auto codes) { rows_of<decltype(codes)>(task, c, begin, end); });
 }
 
 }  // namespace

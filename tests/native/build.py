@@ -1,8 +1,9 @@
 """Builds runner.cpp with the core, straight from the sources: no Python module, no install.
 
-Targets: ``native`` (this CPU's compiler), ``sanitized`` (with AddressSanitizer and UBSan),
-``threads`` (ThreadSanitizer), ``aarch64`` (cross-compiled, run under qemu). Objects are cached by
-the hash of everything that goes into them, in a folder of the system's temporary directory.
+Targets: ``native`` (this CPU's compiler), ``amx`` (the same, with AMX even where the CPU lacks it:
+amx_traps.cpp), ``sanitized`` (with AddressSanitizer and UBSan, and such AMX), ``threads``
+(ThreadSanitizer), ``aarch64`` (cross-compiled, run under qemu). Objects are cached by the hash of
+everything that goes into them, in a folder of the system's temporary directory.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ COMMON = ["-std=c++17", "-pthread", "-ffp-contract=off"]
 SANITIZE = ["-g1", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 EXTRA = {
     "native": [],
+    "amx": [],
     "sanitized": [*SANITIZE, "-fsanitize=address,undefined"],
     "threads": [*SANITIZE, "-fsanitize=thread"],
     "aarch64": ["-static"],
 }
+#: Targets that run AMX's instructions wherever they are.
+TRAPS = ("amx", "sanitized")
 #: Debian packages that bring what a target needs beyond a C++ compiler.
 PACKAGES = {"aarch64": "g++-aarch64-linux-gnu and qemu-user", "qemu-x86_64": "qemu-user"}
 
@@ -69,18 +73,24 @@ def missing(target: str) -> str:
 def isa_flags() -> dict[str, list[str]]:
     """Flags per ISA as CMakeLists.txt sets them, so that tests run the code users run."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    return {
-        name: flags.split() for name, flags in re.findall(r"set\(hm_flags_(\w+) ([^)]*)\)", text)
-    }
+    flags: dict[str, list[str]] = {}
+    for name, words in re.findall(r"set\(hm_flags_(\w+) ([^)]*)\)", text):
+        words = re.sub(r"\$\{hm_flags_(\w+)\}", lambda m: " ".join(flags[m[1]]), words)
+        flags[name] = words.split()
+    return flags
 
 
 def units(target: str) -> dict[Path, list[str]]:
     """Every translation unit of the runner and its own flags."""
-    isas = ["generic", "neon"] if target == "aarch64" or not X86 else ["generic", "avx2", "avx512"]
+    arm = target == "aarch64" or not X86
+    isas = ["generic", "neon"] if arm else ["generic", "avx2", "avx512", "amx"]
     flags = isa_flags()
+    traps = Path(__file__).with_name("amx_traps.cpp")
     found = {CSRC / "core" / "pool.cpp": ["-O2"], Path(__file__).with_name("runner.cpp"): ["-O2"]}
     for path in sorted((CSRC / "cpu").glob("*.cpp")):
-        if not path.stem.startswith("isa_"):
+        if path.stem == "amx_usable" and target in TRAPS:
+            found[traps] = ["-O2"]
+        elif not path.stem.startswith("isa_"):
             found[path] = ["-O2"]
         elif path.stem.removeprefix("isa_") in isas:
             leaf = [
@@ -96,7 +106,7 @@ def units(target: str) -> dict[Path, list[str]]:
 @cache
 def _headers_hash() -> str:
     h = hashlib.sha256()
-    for path in sorted(CSRC.rglob("*.h")):
+    for path in (*sorted(CSRC.rglob("*.h")), CSRC / "cpu" / "amx_usable.cpp"):
         h.update(path.read_bytes())
     return h.hexdigest()
 

@@ -12,6 +12,7 @@ from .backend import Runner, qemu
 #: Name: build target, emulator prefix, instruction sets the runner must offer.
 RUNNERS = {
     "sanitized": ("sanitized", [], None),
+    "amx": ("amx", [], None),
     "neon": ("aarch64", build.emulator("aarch64"), ["generic", "neon"]),
     "nehalem": ("native", qemu("Nehalem"), ["generic"]),
     "haswell": ("native", qemu("Haswell"), ["generic", "avx2"]),

@@ -76,9 +76,10 @@ def test_exact_at_every_width_without_reading_on(isa, rng, instance):
     for columns in COLUMNS:
         for group in groups(instance, columns):
             w = random_weight(rng, instance, [17, 2], columns, group=group)
-            x = integers(rng, 3, columns)
-            got = run(x, w)
-            assert np.array_equal(got, reference.qmatmul(x, w)), (columns, group)
+            x = integers(rng, 11, columns)
+            want = reference.qmatmul(x, w)
+            assert np.array_equal(run(x[:3], w), want[:3]), (columns, group)
+            assert np.array_equal(run(x, w), want), (columns, group)
 
 
 def error_bound(x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -159,8 +160,8 @@ def test_a_row_depends_on_nothing_else(isa, rng, instance):
 
 def depends_on_nothing_else(rng, instance: Instance, columns: int, group: int) -> None:
     w = random_weight(rng, instance, 70, columns, group=group, experts=3, kind="gaussian")
-    x = rng.standard_normal((11, columns)).astype(np.float32)
-    expert = rng.integers(0, 3, (11, 2)).astype(np.int32)
+    x = rng.standard_normal((29, columns)).astype(np.float32)
+    expert = rng.integers(0, 3, (29, 2)).astype(np.int32)
     before = ops.threads()
     want = run(x, w, expert)
     try:
@@ -168,12 +169,29 @@ def depends_on_nothing_else(rng, instance: Instance, columns: int, group: int) -
             ops.set_threads(threads)
             assert np.array_equal(run(x, w, expert), want)
             assert np.array_equal(run(x[::-1].copy(), w, expert[::-1].copy()), want[::-1])
-            for t in range(11):
+            for t in range(29):
                 assert np.array_equal(run(x[t : t + 1], w, expert[t : t + 1]), want[t : t + 1])
     finally:
         ops.set_threads(before)
     one = Weight(columns, (w.parts[expert[0, 0]],))
     assert np.array_equal(run(x[:1], one), want[0, :1])
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=str)
+def test_avx512_and_amx_give_the_same_bits(rng, instance):
+    """Of those this machine has; tests/native/test_amx.py runs both where AVX-512 is."""
+    found = set()
+    before = ops.isa()
+    w = random_weight(rng, instance, [33, 20], 480, group=groups(instance, 480)[0], kind="gaussian")
+    x = rng.standard_normal((37, 480)).astype(np.float32)
+    try:
+        for isa in ops.isas():
+            if isa in ("avx512", "amx"):
+                ops.set_isa(isa)
+                found.add(run(x, w).tobytes())
+    finally:
+        ops.set_isa(before)
+    assert len(found) <= 1
 
 
 def test_experts_of_different_instances(isa, rng):
