@@ -122,7 +122,7 @@ HM_INLINE void load_chunk(const CodePlan& c, const uint8_t* p, int64_t row_bytes
     HM_UNROLL
     for (int r = 0; r < 16; ++r) a[r] = _mm512_maskz_loadu_epi8(live, p + (r < rows ? r : rows - 1) * row_bytes);
   }
-  if (C::kStride != 64 || C::kBits == 5 || C::kBits == 6 || C::kGguf) {
+  if (C::kStride != 64) {
     HM_UNROLL
     for (int r = 0; r < 16; ++r) {
       a[r] = _mm512_permutexvar_epi8(c.index, a[r]);

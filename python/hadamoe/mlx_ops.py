@@ -90,7 +90,7 @@ def moe_decode(x: mx.array, moe: Any, *, top_k: int, normalize: bool) -> mx.arra
     flat = _rows(x)
     y = mx.zeros(flat.shape, x.dtype)
     signs, tables, ints = moe.arguments(top_k, normalize)
-    _call("moe_decode", [flat, *signs, *tables, *moe.router.buffers], [y], ints, [])
+    _call("moe_decode", [flat, *signs, *tables, *moe.buffers], [y], ints, [])
     return y.reshape(x.shape)
 
 

@@ -209,7 +209,7 @@ def moe_decode(x: Any, moe: MoeWeights, *, top_k: int, normalize: bool = True) -
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y = np.empty_like(flat)
     signs, tables, ints = moe.arguments(top_k, normalize)
-    _cpu.call("moe_decode", [flat, *signs, *tables, *moe.router.buffers], [y], ints, [])
+    _cpu.call("moe_decode", [flat, *signs, *tables, *moe.buffers], [y], ints, [])
     return y.reshape(x.shape)
 
 

@@ -306,7 +306,7 @@ def qmatmul_top(
 def moe_decode(x: Tensor, moe: Any, *, top_k: int, normalize: bool = True) -> Tensor:
     """`hadamoe.ops.moe_decode` on torch tensors."""
     signs, tables, ints = moe.arguments(top_k, normalize)
-    buffers = [as_tensor(b) for b in moe.router.buffers]
+    buffers = [as_tensor(b) for b in moe.buffers]
     arrays = [*map(_signs, signs), *map(as_tensor, tables)]
     return operators.moe_decode(x, *arrays, buffers, *ints)[0]
 
