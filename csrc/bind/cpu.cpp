@@ -7,6 +7,7 @@
 
 #include "../core/abi.h"
 #include "../core/instances.h"
+#include "../core/kv_codecs.h"
 #include "../core/pool.h"
 #include "../core/profile.h"
 #include "../cpu/isa.h"
@@ -150,6 +151,14 @@ std::vector<std::tuple<std::string, int, std::string>> instances() {
   return list;
 }
 
+std::vector<std::tuple<std::string, int>> kv_codecs() {
+  std::vector<std::tuple<std::string, int>> list;
+#define X(name, bits) list.emplace_back(#name, bits);
+  HM_KV_CODECS(X)
+#undef X
+  return list;
+}
+
 }  // namespace
 }  // namespace hm
 
@@ -170,6 +179,8 @@ NB_MODULE(_cpu, m) {
     return names;
   });
   m.def("instances", &hm::instances);
+  m.def("kv_codecs", &hm::kv_codecs);
+  m.def("kv_page_bytes", &hm_kv_page_bytes, "codec"_a, "head_dim"_a);
   m.def("isas", &hm::isa_names);
   m.def("isa", &hm::isa_name);
   m.def("set_isa", &hm::set_isa, "name"_a);

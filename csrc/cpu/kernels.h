@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../core/abi.h"
+#include "../core/kv_codecs.h"
 
 namespace hm {
 
@@ -76,6 +77,16 @@ struct AttentionPart {
 struct AttentionWork {
   float *scores, *copy;  // [rows, kBlockKeys], [kBlockKeys, width]
   AttentionPart all, next;
+};
+
+// One side of the pages of a head: how hm_kv_codec stores f32 rows [HM_KV_PAGE, d].
+struct KvSide {
+  int codec;
+  bool values;          // kivi groups tokens of a column for keys, columns of a token for values
+  int64_t d;
+  const float* signs;   // [d]: of the rotation, where the codec has one
+  const float *mean, *balance;  // [d] or nullptr: h codecs store (x - mean) * balance
+  float scale;          // fp8: of the codes
 };
 
 constexpr int kMostTaps = 8;     // of the convolution; the model has 4
