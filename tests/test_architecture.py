@@ -45,8 +45,9 @@ LAYERS = [
     {"torch_decode"},
     {"torch_model", "mlx_model"},
     {"torch_run", "transformers_hook"},
-    {"profile", "terminal"},
+    {"profile", "terminal", "cli_options"},
     {"bench"},
+    {"cli_bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]

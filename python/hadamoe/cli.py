@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import ops, synth, terminal
+from . import cli_bench, ops, synth, terminal
+from .cli_options import Directory, Resident, Threads, existing, set_threads
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 
 _ERRORS = (ContractError, FormatError, UnsupportedError, DeviceError, OSError)
@@ -47,27 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
-Resident = Annotated[
-    bool, typer.Option("--resident", help="Copy the weights into memory (huge pages on Linux).")
-]
-Threads = Annotated[
-    int | None, typer.Option(help="Threads; all cores where not given.", min=1, max=ops.MAX_THREADS)
-]
-
-
-def _set_threads(count: int | None) -> None:
-    if count is not None:
-        # torch reads it once, when it is first imported
-        os.environ["OMP_NUM_THREADS"] = str(count)
-        ops.set_threads(count)
-
-
-def _checkpoint(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise ContractError(f"{directory} is not a directory")
-    return directory
-
 
 @app.command(name="inspect")
 def inspect_command(
@@ -78,7 +56,7 @@ def inspect_command(
     """Say which format a directory is, why, what is stored how, and what running it takes."""
     from . import inspect
 
-    found = inspect.describe(_checkpoint(directory), verify=check)
+    found = inspect.describe(existing(directory), verify=check)
     missing = found.missing(ops.instances())
     if as_json:
         # Not through rich: it would break long lines.
@@ -151,8 +129,8 @@ def run(
     threads: Threads = None,
 ) -> None:
     """Stream text from a prompt; speed and memory at the end."""
-    _set_threads(threads)
-    _checkpoint(directory)
+    set_threads(threads)
+    existing(directory)
     from . import torch_model, torch_run  # their import is not part of opening
 
     start = time.perf_counter()
@@ -249,9 +227,9 @@ def verify(
     threads: Threads = None,
 ) -> None:
     """Prove the kernels' claims on this machine's own processor; exit code 1 if one fails."""
-    _set_threads(threads)
+    set_threads(threads)
     if directory:
-        _checkpoint(directory)
+        existing(directory)
     from . import verify as verify_
 
     console = terminal.console()
@@ -275,114 +253,4 @@ def verify(
         _fail(f"{len(failed)} of {len(rows)} claims failed")
 
 
-@app.command()
-def bench(
-    directory: Annotated[
-        Path | None, typer.Argument(help="A checkpoint to run as a whole.", show_default=False)
-    ] = None,
-    threads: Threads = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure here.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a roofline plot (PNG) here.")] = None,
-    seconds: Annotated[float, typer.Option(help="Spent on each measurement.", min=0.01)] = 0.3,
-    pool: Annotated[int, typer.Option(help="MB of weights each measurement reads.", min=1)] = 512,
-    prompt_tokens: Annotated[int, typer.Option(help="Of the model's prefill.", min=1)] = 256,
-    new_tokens: Annotated[int, typer.Option(help="Of the model's decode.", min=2)] = 32,
-    repeats: Annotated[int, typer.Option(help="Runs of the model; medians count.", min=1)] = 3,
-    resident: Resident = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Take a decoded token's time apart.")
-    ] = False,
-    instances: Annotated[bool, typer.Option(help="Measure the kernel instances.")] = True,
-) -> None:
-    """Measure read bandwidth, every kernel instance, and the prefill and decode of a checkpoint."""
-    _set_threads(threads)
-    if directory:
-        _checkpoint(directory)
-    elif profile or resident:
-        raise ContractError("bench: --profile and --resident need a checkpoint directory")
-    from . import bench as measure
-
-    for out in filter(None, (json_file, plot)):  # before minutes of measuring, not after
-        if not out.parent.is_dir():
-            raise ContractError(f"bench: {out.parent} is not a directory, cannot write {out.name}")
-    if plot and find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("no matplotlib", name="matplotlib")
-    console = terminal.console()
-    counts = sorted({1, ops.threads()})
-    bandwidth = {n: measure.read_bandwidth(n) for n in counts}
-    for n, rate in bandwidth.items():
-        console.print(f"read bandwidth, {n} thread{'s' * (n > 1)}: {rate:.1f} GB/s")
-    limit, rows, model, parts = bandwidth[ops.threads()], [], None, None
-    if instances:
-        with console.status("") as status:
-            rows = measure.instances(
-                limit, budget=seconds, pool_bytes=pool << 20, progress=status.update
-            )
-        _show_instances(console, rows)
-    if directory:
-        with terminal.bar(terminal.console(stderr=True)) as progress:
-            model, parts = measure.model(
-                directory, limit, prompt_tokens, new_tokens,
-                resident=resident, repeats=repeats, profiled=profile, progress=progress,
-            )  # fmt: skip
-        table = terminal.table(str(directory), "figure", "value")
-        for name, value in model.items():
-            table.add_row(name, value if isinstance(value, str) else f"{value:,.6g}")
-        console.print(table)
-    if parts:
-        _show_profile(console, parts, limit)
-    if json_file:
-        report = measure.report(bandwidth, rows, model, parts)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
-        console.print(f"wrote {json_file}")
-    if plot:
-        measure.plot(plot, limit, rows)
-        console.print(f"wrote {plot}")
-
-
-def _show_instances(console: Any, rows: list[Any]) -> None:
-    title = f"one token, {ops.isa()}, {ops.threads()} threads"
-    table = terminal.table(title, "instance", "what", "rows", "GB/s", "of the limit", left=2)
-    for r in rows:
-        share = f"{100 * r.fraction:.0f} %"
-        table.add_row(r.instance, r.what, f"{r.rows} x {r.columns}", f"{r.gbytes:.1f}", share)
-    console.print(table)
-
-
-def _show_profile(console: Any, p: Any, limit: float) -> None:
-    """A line per kind of module and op, then the sums."""
-    columns = (
-        "calls",
-        "ms",
-        "of the token",
-        "products ms",
-        "rest ms",
-        "MB",
-        "GB/s",
-        "of the limit",
-    )
-    title = f"a decoded token, mean of {p.tokens}"
-    table = terminal.table(title, "in", "op", *columns, left=2)
-
-    def row(*names: str, calls: str, seconds: float, products: float, nbytes: float) -> None:
-        rate = nbytes / products / 1e9 if products else 0.0
-        rates = (f"{products * 1e3:.3f}", f"{(seconds - products) * 1e3:.3f}")
-        reading = (f"{nbytes / 1e6:,.1f}", f"{rate:.1f}", f"{rate / limit:.0%}")
-        share = f"{seconds / p.seconds:.1%}"
-        reading = reading if rate else ()
-        table.add_row(*names, calls, f"{seconds * 1e3:.3f}", share, *rates, *reading)
-
-    for x in p.lines:
-        row(x.kind, x.op, calls=f"{x.calls:g}", seconds=x.seconds, products=x.product_seconds,
-            nbytes=x.nbytes)  # fmt: skip
-    row("torch and Python", "", calls="", seconds=p.python_seconds, products=0.0, nbytes=0.0)
-    calls = f"{sum(x.calls for x in p.lines):g}"
-    row("in all", "", calls=calls, seconds=p.seconds, products=p.product_seconds, nbytes=p.nbytes)
-    console.print(table)
-    outside = p.seconds - p.product_seconds
-    console.print(
-        f"outside products with weights: {outside * 1e3:.2f} ms of {p.seconds * 1e3:.2f} ms, "
-        f"{outside / p.seconds:.1%}"
-    )
+app.command()(cli_bench.bench)

@@ -1,0 +1,126 @@
+"""The bench command: what it measures, in which order, and how it prints."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import ops, terminal
+from .cli_options import Resident, Threads, existing, set_threads
+from .errors import ContractError
+
+
+def bench(
+    directory: Annotated[
+        Path | None, typer.Argument(help="A checkpoint to run as a whole.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure here.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a roofline plot (PNG) here.")] = None,
+    seconds: Annotated[float, typer.Option(help="Spent on each measurement.", min=0.01)] = 0.3,
+    pool: Annotated[int, typer.Option(help="MB of weights each measurement reads.", min=1)] = 512,
+    prompt_tokens: Annotated[int, typer.Option(help="Of the model's prefill.", min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Of the model's decode.", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of the model; medians count.", min=1)] = 3,
+    resident: Resident = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Take a decoded token's time apart.")
+    ] = False,
+    instances: Annotated[bool, typer.Option(help="Measure the kernel instances.")] = True,
+) -> None:
+    """Measure read bandwidth, every kernel instance, and the prefill and decode of a checkpoint."""
+    set_threads(threads)
+    if directory:
+        existing(directory)
+    elif profile or resident:
+        raise ContractError("bench: --profile and --resident need a checkpoint directory")
+    from . import bench as measure
+
+    for out in filter(None, (json_file, plot)):  # before minutes of measuring, not after
+        if not out.parent.is_dir():
+            raise ContractError(f"bench: {out.parent} is not a directory, cannot write {out.name}")
+    if plot and find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("no matplotlib", name="matplotlib")
+    console = terminal.console()
+    counts = sorted({1, ops.threads()})
+    bandwidth = {n: measure.read_bandwidth(n) for n in counts}
+    for n, rate in bandwidth.items():
+        console.print(f"read bandwidth, {n} thread{'s' * (n > 1)}: {rate:.1f} GB/s")
+    limit, rows, model, parts = bandwidth[ops.threads()], [], None, None
+    if instances:
+        with console.status("") as status:
+            rows = measure.instances(
+                limit, budget=seconds, pool_bytes=pool << 20, progress=status.update
+            )
+        _show_instances(console, rows)
+    if directory:
+        with terminal.bar(terminal.console(stderr=True)) as progress:
+            model, parts = measure.model(
+                directory, limit, prompt_tokens, new_tokens,
+                resident=resident, repeats=repeats, profiled=profile, progress=progress,
+            )  # fmt: skip
+        table = terminal.table(str(directory), "figure", "value")
+        for name, value in model.items():
+            table.add_row(name, value if isinstance(value, str) else f"{value:,.6g}")
+        console.print(table)
+    if parts:
+        _show_profile(console, parts, limit)
+    if json_file:
+        report = measure.report(bandwidth, rows, model, parts)
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"wrote {json_file}")
+    if plot:
+        measure.plot(plot, limit, rows)
+        console.print(f"wrote {plot}")
+
+
+def _show_instances(console: Any, rows: list[Any]) -> None:
+    title = f"one token, {ops.isa()}, {ops.threads()} threads"
+    table = terminal.table(title, "instance", "what", "rows", "GB/s", "of the limit", left=2)
+    for r in rows:
+        share = f"{100 * r.fraction:.0f} %"
+        table.add_row(r.instance, r.what, f"{r.rows} x {r.columns}", f"{r.gbytes:.1f}", share)
+    console.print(table)
+
+
+def _show_profile(console: Any, p: Any, limit: float) -> None:
+    """A line per kind of module and op, then the sums."""
+    columns = (
+        "calls",
+        "ms",
+        "of the token",
+        "products ms",
+        "rest ms",
+        "MB",
+        "GB/s",
+        "of the limit",
+    )
+    title = f"a decoded token, mean of {p.tokens}"
+    table = terminal.table(title, "in", "op", *columns, left=2)
+
+    def row(*names: str, calls: str, seconds: float, products: float, nbytes: float) -> None:
+        rate = nbytes / products / 1e9 if products else 0.0
+        rates = (f"{products * 1e3:.3f}", f"{(seconds - products) * 1e3:.3f}")
+        reading = (f"{nbytes / 1e6:,.1f}", f"{rate:.1f}", f"{rate / limit:.0%}")
+        share = f"{seconds / p.seconds:.1%}"
+        reading = reading if rate else ()
+        table.add_row(*names, calls, f"{seconds * 1e3:.3f}", share, *rates, *reading)
+
+    for x in p.lines:
+        row(x.kind, x.op, calls=f"{x.calls:g}", seconds=x.seconds, products=x.product_seconds,
+            nbytes=x.nbytes)  # fmt: skip
+    row("torch and Python", "", calls="", seconds=p.python_seconds, products=0.0, nbytes=0.0)
+    calls = f"{sum(x.calls for x in p.lines):g}"
+    row("in all", "", calls=calls, seconds=p.seconds, products=p.product_seconds, nbytes=p.nbytes)
+    console.print(table)
+    outside = p.seconds - p.product_seconds
+    console.print(
+        f"outside products with weights: {outside * 1e3:.2f} ms of {p.seconds * 1e3:.2f} ms, "
+        f"{outside / p.seconds:.1%}"
+    )
