@@ -50,10 +50,10 @@ def load(
             embeddings, experts and the gated delta net.
         dtype: of activations (a torch dtype or its name); None takes the checkpoint's.
         device: ``"cpu"``.
-        options: ``rope=...`` merges rope settings over the checkpoint's, such as
-            ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``;
-            ``vision=False`` leaves a vision tower out; ``resident=True`` copies the weights into
-            memory (huge pages on Linux) instead of mapping their files.
+        options: ``rope="yarn:4"`` reaches four times the context the model was trained for
+            (1,048,576 tokens; a dict merges any rope settings); ``vision=False`` leaves a vision
+            tower out; ``resident=True`` copies the weights into memory (huge pages on Linux)
+            instead of mapping their files.
 
     Returns:
         (model, tokenizer); tokenizer is None where the directory has none.

@@ -246,6 +246,7 @@ def model(
     resident: bool = False,
     repeats: int = 3,
     profiled: bool = False,
+    rope: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """Prefill and decode of a whole checkpoint, beside the time of reading its weights alone.
@@ -255,6 +256,7 @@ def model(
         resident: weights in memory instead of mapped; ``progress`` as in `hadamoe.load`.
         repeats: runs whose median rates are reported.
         profiled: also take one more run apart.
+        rope: as in `hadamoe.load`.
 
     Returns: (figures by name, `profile.Profile` or None).
 
@@ -273,7 +275,9 @@ def model(
 
     found = inspect.describe(directory)
     start = time.perf_counter()
-    loaded, _ = torch_model.load(directory, resident=resident, progress=copying)
+    loaded, _ = torch_model.load(
+        directory, rope=rope, resident=resident, progress=copying
+    )
     opened = time.perf_counter() - start
     ids = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens))
     torch_run.generate(loaded, ids, 2)  # maps the pages, wakes the threads

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_bench, ops, synth, terminal
-from .cli_options import Directory, Resident, Threads, existing, set_threads
+from .cli_options import Directory, Resident, Rope, Threads, existing, set_threads
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 
 _ERRORS = (ContractError, FormatError, UnsupportedError, DeviceError, OSError)
@@ -125,6 +125,7 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16, float16.")
     ] = None,
+    rope: Rope = None,
     resident: Resident = False,
     threads: Threads = None,
 ) -> None:
@@ -136,7 +137,7 @@ def run(
     start = time.perf_counter()
     with terminal.bar(terminal.console(stderr=True)) as progress:
         model, tokenizer = torch_model.load(
-            directory, dtype=dtype, resident=resident, progress=progress
+            directory, dtype=dtype, rope=rope, resident=resident, progress=progress
         )
     opened = time.perf_counter() - start
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from . import ops, terminal
-from .cli_options import Resident, Threads, existing, set_threads
+from .cli_options import Resident, Rope, Threads, existing, set_threads
 from .errors import ContractError
 
 
@@ -28,6 +28,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Of the model's prefill.", min=1)] = 256,
     new_tokens: Annotated[int, typer.Option(help="Of the model's decode.", min=2)] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of the model; medians count.", min=1)] = 3,
+    rope: Rope = None,
     resident: Resident = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Take a decoded token's time apart.")
@@ -38,8 +39,8 @@ def bench(
     set_threads(threads)
     if directory:
         existing(directory)
-    elif profile or resident:
-        raise ContractError("bench: --profile and --resident need a checkpoint directory")
+    elif profile or resident or rope:
+        raise ContractError("bench: --profile, --resident and --rope need a checkpoint directory")
     from . import bench as measure
 
     for out in filter(None, (json_file, plot)):  # before minutes of measuring, not after
@@ -63,7 +64,7 @@ def bench(
         with terminal.bar(terminal.console(stderr=True)) as progress:
             model, parts = measure.model(
                 directory, limit, prompt_tokens, new_tokens,
-                resident=resident, repeats=repeats, profiled=profile, progress=progress,
+                resident=resident, repeats=repeats, profiled=profile, rope=rope, progress=progress,
             )  # fmt: skip
         table = terminal.table(str(directory), "figure", "value")
         for name, value in model.items():

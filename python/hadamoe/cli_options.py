@@ -15,6 +15,9 @@ Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_
 Resident = Annotated[
     bool, typer.Option("--resident", help="Copy the weights into memory (huge pages on Linux).")
 ]
+Rope = Annotated[
+    str | None, typer.Option(help="yarn:4 reaches four times the context the model has.")
+]
 Threads = Annotated[
     int | None, typer.Option(help="Threads; all cores where not given.", min=1, max=ops.MAX_THREADS)
 ]

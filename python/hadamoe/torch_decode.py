@@ -15,7 +15,7 @@ from .torch_blocks import DecoderLayer
 Tensor = torch.Tensor
 
 #: rope types whose angles depend on the length of the sequence
-_BY_LENGTH = ("dynamic", "longrope")
+BY_LENGTH = ("dynamic", "longrope")
 _ANGLES = 256  # positions computed together
 
 
@@ -45,7 +45,7 @@ class Decoder:
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """cos and sin f32 [1, tokens, rotary] of the next positions."""
         rotary, begin = self.text.rotary_emb, self.length
-        ahead = tokens if rotary.rope_type in _BY_LENGTH else max(tokens, _ANGLES)
+        ahead = tokens if rotary.rope_type in BY_LENGTH else max(tokens, _ANGLES)
         known = self.angles
         if known is None or not known[2] <= begin <= known[2] + known[0].shape[1] - tokens:
             positions = torch.arange(begin, begin + ahead).expand(3, 1, -1)

@@ -36,7 +36,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
-    rope: dict[str, Any] | None = None,
+    rope: dict[str, Any] | str | None = None,
     vision: bool = True,
     resident: bool = False,
     progress: Progress | None = None,
@@ -48,7 +48,8 @@ def load(
         dtype: of attention, its cache and the vision tower; None takes the config's (bfloat16 where
             it names none). All else is f32 between layers and in every sum.
         device: "cpu".
-        rope: overrides merged into the text model's rope parameters, such as
+        rope: ``"yarn:4"`` for four times the context the model was trained for, or overrides
+            merged into the text model's rope parameters, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
         vision: False leaves the vision tower out.
         resident: copies the weights into memory now instead of leaving them in their mapped files.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .errors import ContractError
-from .torch_decode import Decoder
+from .torch_decode import BY_LENGTH, Decoder
 
 __all__ = ["Generation", "bits_per_byte", "encode", "generate", "resident_bytes", "stream"]
 
@@ -156,7 +156,8 @@ def stream(
         stop: False ignores the end-of-text token, for measurements.
 
     Raises:
-        ContractError: a prompt that cannot be encoded, or options out of range.
+        ContractError: a prompt that cannot be encoded, options out of range, or more tokens than
+            the model has positions.
     """
     if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ContractError(
@@ -164,6 +165,7 @@ def stream(
             "needs max_tokens >= 1, temperature >= 0, 0 < top_p <= 1"
         )
     ids = encode(tokenizer, prompt, chat) if isinstance(prompt, str) else prompt
+    _check_reach(model, ids.shape[1], max_tokens)
     if seed is not None:
         torch.manual_seed(seed)
     result = Generation()
@@ -187,6 +189,18 @@ def stream(
             **sampling,
         )  # fmt: skip
     return result
+
+
+def _check_reach(model: Any, prompt: int, new: int) -> None:
+    """Raises where tokens would lie past the positions that the model's rope is made for."""
+    config = model.config.get_text_config()
+    reach, needs = config.max_position_embeddings, prompt + new - 1  # the last is never fed
+    if needs > reach and config.rope_parameters["rope_type"] not in BY_LENGTH:
+        original = config.rope_parameters.get("original_max_position_embeddings", reach)
+        raise ContractError(
+            f"run: {prompt} prompt and {new} new tokens take {needs} positions, the model has "
+            f"{reach}; rope='yarn:{-(-needs // original)}' (--rope) has enough"
+        )
 
 
 #: What a checkpoint's generation config may ask for that only transformers' generate() does.

@@ -59,11 +59,11 @@ def test_bench_profiles_resident_weights(tmp_path):
 
 
 def test_profile_and_resident_need_a_checkpoint():
-    for option in ("--profile", "--resident"):
-        result = call("bench", option)
+    for option in (("--profile",), ("--resident",), ("--rope", "yarn:4")):
+        result = call("bench", *option)
         assert result.exit_code == 1
         assert result.stderr == (
-            "hadamoe: bench: --profile and --resident need a checkpoint directory\n"
+            "hadamoe: bench: --profile, --resident and --rope need a checkpoint directory\n"
         )
 
 

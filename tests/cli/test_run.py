@@ -72,3 +72,14 @@ def test_synthetic_models_run(name, tmp_path):
     done = torch_run.stream(model, tokenizer, "x", max_tokens=8, stop=False)
     assert done.new_tokens == 8
     assert done.text
+
+
+def test_run_reaches_further_with_yarn():
+    prompt = "x" * 4100  # the model has 4096 positions
+    args = ("run", checkpoint("stdlib_jangtq2"), "-p", prompt, "--max-tokens", 2)
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (1, prompt)
+    assert result.stderr.startswith("hadamoe: run: 4100 prompt and 2 new tokens take 4101 posi")
+    result = call(*args, "--rope", "yarn:2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(prompt)

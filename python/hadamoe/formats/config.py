@@ -7,12 +7,13 @@ decided by the tensors. Every number the readers use is checked here and kept in
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, UnsupportedError
+from ..errors import ContractError, FormatError, UnsupportedError
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 #: Keys about storage, not architecture: no part of the config a model is built from.
@@ -114,23 +115,41 @@ def normalise(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return out
 
 
-def with_rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a normalised config with rope settings merged in, e.g. YaRN's
+def with_rope(config: Mapping[str, Any], override: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A copy of a normalised config with rope settings merged in: ``"yarn:4"`` (YaRN over four
+    times the context the model was trained for) or e.g.
     ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
 
     theta, the rotary share and the mrope sections stay as they are unless named;
-    ``max_position_embeddings`` grows to factor x original.
+    ``max_position_embeddings`` becomes factor x original.
+
+    Raises:
+        ContractError: a string that is not ``yarn:FACTOR``.
+        FormatError: a setting that is not a number it can be.
     """
     out = copy.deepcopy(dict(config))
     text = out["text_config"]
+    if isinstance(override, str):
+        override = _yarn(override, text)
     rope = dict(text["rope_parameters"]) | dict(override)
     rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
     text["rope_parameters"] = rope
     _check_rope(rope, Path("rope override"))
     if "factor" in rope and "original_max_position_embeddings" in rope:
         reach = int(rope["factor"] * rope["original_max_position_embeddings"])
-        text["max_position_embeddings"] = max(reach, text.get("max_position_embeddings", 0))
+        text["max_position_embeddings"] = reach
     return out
+
+
+def _yarn(words: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    kind, _, factor = words.partition(":")
+    if kind != "yarn" or not re.fullmatch(r"\d{1,3}(\.\d+)?", factor) or float(factor) < 1:
+        raise ContractError(f"rope: {words!r}, needs yarn:FACTOR, FACTOR from 1 to 999")
+    original = text["rope_parameters"].get("original_max_position_embeddings")
+    original = original or _integer(text, "max_position_embeddings", Path("rope override"))
+    return {
+        "rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original,
+    }  # fmt: skip
 
 
 def geometry(config: Mapping[str, Any], path: Path) -> Geometry:
