@@ -37,7 +37,7 @@ LAYERS = [
     {"_cpu", "reference"},
     {"packed", "resident", "machine", "kv"},
     {"roles", "torch_cache", "reference_kv", "kv_ops"},
-    {"ops", "torch_ops", "mlx_ops"},
+    {"ops", "torch_ops", "mlx_ops", "kv_pool", "kv_file"},
     {"kv_cache"},
     {"kv_prefix", "torch_kv", "mlx_cache"},
     {"torch_layers", "mlx_layers", "verify", "inspect", "synth"},
