@@ -36,6 +36,7 @@ LAYERS = [
     {"formats"},
     {"_cpu", "reference"},
     {"packed", "resident", "machine", "kv"},
+    {"reference_kv_peers"},
     {"roles", "torch_cache", "reference_kv", "kv_ops"},
     {"ops", "torch_ops", "mlx_ops", "kv_pool", "kv_file"},
     {"kv_cache"},

@@ -57,6 +57,14 @@ static inline bool hm_kv_affine(int codec) { return codec == hm_kv_affine4 || co
 static inline bool hm_kv_kivi(int codec) { return codec == hm_kv_kivi2 || codec == hm_kv_kivi4; }
 static inline bool hm_kv_rotated(int codec) { return codec >= hm_kv_h2 && codec <= hm_kv_turbo4; }
 
+// What a head's columns must be for a codec of other software, or nullptr where d is.
+static inline const char* kv_peer_refuses(int codec, int64_t d) {
+  if (hm_kv_turbo(codec) && d != 64 && d != 128 && d != 256) return "64, 128 or 256, for which mlx-swift-lm has codebooks";
+  if (hm_kv_affine(codec) && d % 64 != 0) return "a multiple of 64";
+  if (hm_kv_kivi(codec) && d % 32 != 0) return "a multiple of 32";
+  return nullptr;
+}
+
 // Bytes of the codes of a page, where the scales begin. d: columns of a head.
 static inline int64_t hm_kv_code_bytes(int codec, int64_t d) {
   const int64_t row = hm_kv_turbo(codec) ? (d * hm_kv_bits(codec) + 31) / 32 * 4 : d * hm_kv_bits(codec) / 8;

@@ -17,15 +17,36 @@ inline float stored_number(const uint8_t* p, int64_t i, hm_scale dtype) {
   return dtype == hm_e8m0 ? e8m0_to_f32(p[i]) : load1(p, i, Dtype(dtype));
 }
 
-// n <= kSpan codes of Bits bits, LSB first; reads no byte past the last code's.
+// n codes of Bits bits, LSB first; reads no byte past the last code's. Loops are written so that compilers do
+// many bytes, or many words of 8 codes, at once.
 template <int Bits>
 inline void unpack(const uint8_t* p, uint8_t* code, int n) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8, p += Bits) {
-    uint64_t w = 0;
-    memcpy(&w, p, Bits);
-    for (int j = 0; j < 8; ++j) code[i + j] = uint8_t(w >> (Bits * j)) & uint8_t((1 << Bits) - 1);
+  const int words = n / 8;
+  if constexpr (Bits == 8) {
+    memcpy(code, p, size_t(words) * 8);
+  } else if constexpr (Bits == 4) {
+    for (int i = 0; i < words * 4; ++i) {
+      code[2 * i] = p[i] & 15;
+      code[2 * i + 1] = p[i] >> 4;
+    }
+  } else if constexpr (Bits == 2) {
+    for (int i = 0; i < words * 2; ++i) {
+      const uint32_t b = p[i], four = (b | b << 6 | b << 12 | b << 18) & 0x03030303;
+      memcpy(code + 4 * i, &four, 4);
+    }
+  } else {
+    constexpr uint64_t k1 = (1 << Bits) - 1, k2 = k1 | k1 << Bits, k4 = k2 | k2 << 2 * Bits;
+    for (int i = 0; i < words; ++i) {
+      uint64_t w = 0;
+      for (int j = 0; j < Bits; ++j) w |= uint64_t(p[i * Bits + j]) << 8 * j;
+      w = (w & k4) | (w & k4 << 4 * Bits) << (32 - 4 * Bits);
+      w = (w & k2 * 0x100000001) | (w & (k2 * 0x100000001) << 2 * Bits) << (16 - 2 * Bits);
+      w = (w & k1 * 0x1000100010001) | (w & (k1 * 0x1000100010001) << Bits) << (8 - Bits);
+      memcpy(code + i * 8, &w, 8);
+    }
   }
+  int i = words * 8;
+  p += words * Bits;
   if (i == n) return;
   uint64_t w = 0;
   for (int j = 0; j < ((n - i) * Bits + 7) / 8; ++j) w |= uint64_t(p[j]) << (8 * j);

@@ -67,6 +67,10 @@ inline void store_bf16(uint16_t* p, Vec v) {
 inline void store_f16(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline Vec lookup16(const float* table, const uint8_t* codes) {
+  const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  return _mm512_permutexvar_ps(c, load(table));
+}
 
 }  // namespace
 }  // namespace hm

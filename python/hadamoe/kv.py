@@ -92,10 +92,14 @@ def page_bytes(codec: str, head_dim: int) -> int:
     Raises:
         ContractError: head_dim is one the codec cannot store.
     """
-    rotated = codec[0] == "h" or codec.startswith("turbo")
     least = 64 if codec.startswith("affine") else 32
-    if head_dim % least or not 0 < head_dim <= 512 or (rotated and head_dim & (head_dim - 1)):
-        needs = f"a multiple of {least} up to 512" + ", a power of two" * rotated
+    needs = f"a multiple of {least} up to 512"
+    fits = head_dim % least == 0 and 0 < head_dim <= 512
+    if codec.startswith("turbo"):  # mlx-swift-lm's codebooks
+        fits, needs = head_dim in (64, 128, 256), "64, 128 or 256"
+    elif codec[0] == "h":
+        fits, needs = fits and head_dim & (head_dim - 1) == 0, needs + ", a power of two"
+    if not fits:
         raise ContractError(f"kv: head_dim is {head_dim}, {codec} needs {needs}")
     return _cpu.kv_page_bytes(CODECS[codec], head_dim)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import reference_kv_peers
 from .bf16 import from_bf16, to_bf16
 from .kv import KEY_SEED, PAGE, VALUE_SEED, page_bytes, signs
 
@@ -152,8 +153,6 @@ def kv_encode(rows, codec: str, *, side="key", vectors=None, scale=1.0) -> np.nd
     if codec == "bf16":
         return to_bf16(np.float32(rows)).view(np.uint8).reshape(len(rows), -1)
     if not bits_of(codec):
-        from . import reference_kv_peers
-
         return reference_kv_peers.kv_encode(rows, codec, side=side, scale=scale)
     bits, d = bits_of(codec), rows.shape[-1]
     rows = zip(*encode_rows(rows, bits, signs(d, _SEEDS[side]), vectors), strict=True)
@@ -175,8 +174,6 @@ def kv_decode(pages, codec: str, head_dim: int, *, side="key", vectors=None, sca
     if codec == "bf16":
         return from_bf16(np.ascontiguousarray(pages).view(np.uint16)).reshape(-1, PAGE, head_dim)
     if not bits_of(codec):
-        from . import reference_kv_peers
-
         return reference_kv_peers.kv_decode(pages, codec, head_dim, side=side, scale=scale)
     codes, nu = parts_of(pages, codec, head_dim, side)
     sign = signs(head_dim, _SEEDS[side])
