@@ -87,7 +87,7 @@ class Contract {
     return *this;
   }
 
-  Contract& require(bool ok, std::string_view arg, const std::string& problem) {
+  const Contract& require(bool ok, std::string_view arg, const std::string& problem) const {
     if (!ok) fail(arg, problem);
     return *this;
   }

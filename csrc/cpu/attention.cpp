@@ -18,10 +18,12 @@ namespace {
 
 constexpr int64_t kTileRows = 128;  // their scores, sums and a block of keys stay in the second-level cache
 
-// For every query where its keys end, and per sequence where the first one is.
-void see(const AttentionTask& t, int64_t* start, int64_t* limit) {
+// For every query where its keys end, and per sequence where the first one is and where tokens go.
+void see(const AttentionTask& t, int64_t* start, int64_t* limit, int64_t* at, int64_t* skip) {
   for (int64_t b = 0; b < t.batch; ++b) {
     start[b] = t.mask ? t.past + t.tokens : 0;
+    at[b] = t.past;
+    skip[b] = 0;
     for (int64_t i = 0; i < t.tokens; ++i) {
       int64_t& end = limit[b * t.tokens + i];
       end = t.past + i + 1;
@@ -36,7 +38,7 @@ void see(const AttentionTask& t, int64_t* start, int64_t* limit) {
 }
 
 AttentionPart part_of(Scratch& scratch, int64_t rows, int64_t width) {
-  return {scratch.floats(rows * width), scratch.floats(rows), scratch.floats(rows)};
+  return {scratch.floats(rows * width), scratch.floats(rows), scratch.floats(rows), nullptr};
 }
 
 AttentionWork work_of(Scratch& scratch, const AttentionTask& t, int64_t rows) {
@@ -46,9 +48,8 @@ AttentionWork work_of(Scratch& scratch, const AttentionTask& t, int64_t rows) {
 
 }  // namespace
 
-void check_attention(Contract& c, const DLTensor* norms, const DLTensor* angles, const DLTensor& mask,
-                     const DLTensor* caches, int64_t heads, int64_t past, double eps, AttentionTask& task) {
-  const char *norm_names[] = {"q_norm", "k_norm"}, *angle_names[] = {"cos", "sin"}, *cache_names[] = {"keys", "values"};
+void check_projected(Contract& c, const DLTensor* norms, const DLTensor* angles, AttentionTask& task) {
+  const char *norm_names[] = {"q_norm", "k_norm"}, *angle_names[] = {"cos", "sin"};
   for (int i = 0; i < 2; ++i) c.shape(norm_names[i], norms[i], "d").dtype(norm_names[i], norms[i], "f32");
   const int64_t d = c['d'];
   c.require(d > 0 && d <= kMostHeadDim, "q_norm",
@@ -56,15 +57,39 @@ void check_attention(Contract& c, const DLTensor* norms, const DLTensor* angles,
   for (int i = 0; i < 2; ++i) c.shape(angle_names[i], angles[i], "btr").dtype(angle_names[i], angles[i], "f32");
   c.require(c['r'] % 2 == 0 && c['r'] <= d, "cos",
             "has r=" + std::to_string(c['r']) + ", needs an even number up to " + std::to_string(d));
+  task.q_norm = reinterpret_cast<const float*>(data(norms[0]));
+  task.k_norm = reinterpret_cast<const float*>(data(norms[1]));
+  task.cos = reinterpret_cast<const float*>(data(angles[0]));
+  task.sin = reinterpret_cast<const float*>(data(angles[1]));
+  task.batch = c['b'];
+  task.tokens = task.stride = task.proj_stride = c['t'];
+  task.d = d;
+  task.rot = c['r'];
+  task.scale = float(1 / sqrt(double(d)));
+  task.width = (d + 15) / 16 * 16;
+}
+
+void check_heads(const Contract& c, int64_t heads, double eps, AttentionTask& task) {
+  c.require(heads > 0 && heads <= 1 << 20 && c['g'] > 0 && heads % c['g'] == 0, "heads",
+            "is " + std::to_string(heads) + ", needs a multiple of g=" + std::to_string(c['g']));
+  c.require(eps >= 0 && eps < 1, "eps", "is " + std::to_string(eps) + ", needs 0 <= eps < 1");
+  task.heads = heads;
+  task.kv_heads = c['g'];
+  task.proj_width = 2 * (heads + c['g']) * c['d'];
+  task.eps = float(eps);
+}
+
+void check_attention(Contract& c, const DLTensor* norms, const DLTensor* angles, const DLTensor& mask,
+                     const DLTensor* caches, int64_t heads, int64_t past, double eps, AttentionTask& task) {
+  const char* cache_names[] = {"keys", "values"};
+  check_projected(c, norms, angles, task);
   for (int i = 0; i < 2; ++i)
     c.shape(cache_names[i], caches[i], "bgcd").dtype(cache_names[i], caches[i], "f32 bf16 f16");
   c.dtype("values", caches[1], dtype_name(caches[0].dtype));
-  c.require(heads > 0 && heads <= 1 << 20 && c['g'] > 0 && heads % c['g'] == 0, "heads",
-            "is " + std::to_string(heads) + ", needs a multiple of g=" + std::to_string(c['g']));
+  check_heads(c, heads, eps, task);
   c.require(past >= 0 && past <= c['c'] - c['t'], "past",
             "is " + std::to_string(past) + ", needs 0.." + std::to_string(c['c'] - c['t']) + " for " +
                 std::to_string(c['t']) + " tokens in a cache of " + std::to_string(c['c']));
-  c.require(eps >= 0 && eps < 1, "eps", "is " + std::to_string(eps) + ", needs 0 <= eps < 1");
   if (present(mask)) {
     c.shape("mask", mask, "btn").dtype("mask", mask, "bool u8");
     c.require(c['n'] >= past + c['t'], "mask",
@@ -72,25 +97,11 @@ void check_attention(Contract& c, const DLTensor* norms, const DLTensor* angles,
     task.mask = reinterpret_cast<const uint8_t*>(data(mask));
     task.mask_width = c['n'];
   }
-  task.q_norm = reinterpret_cast<const float*>(data(norms[0]));
-  task.k_norm = reinterpret_cast<const float*>(data(norms[1]));
-  task.cos = reinterpret_cast<const float*>(data(angles[0]));
-  task.sin = reinterpret_cast<const float*>(data(angles[1]));
   task.keys = data(caches[0]);
   task.values = data(caches[1]);
   task.cache_dtype = storage(caches[0]);
-  task.batch = c['b'];
-  task.tokens = task.stride = task.proj_stride = c['t'];
-  task.heads = heads;
-  task.kv_heads = c['g'];
-  task.d = d;
-  task.rot = c['r'];
   task.capacity = c['c'];
   task.past = past;
-  task.proj_width = 2 * (heads + c['g']) * d;
-  task.eps = float(eps);
-  task.scale = float(1 / sqrt(double(d)));
-  task.width = (d + 15) / 16 * 16;
 }
 
 void run_attention(const AttentionTask& all, int64_t first, int64_t count, bool local) {
@@ -110,9 +121,12 @@ void run_attention(const AttentionTask& all, int64_t first, int64_t count, bool 
   Scratch scratch;
   t.q = scratch.floats((t.batch * t.tokens * t.heads + 3) * t.width);
   int64_t *start = scratch.take<int64_t>(t.batch), *limit = scratch.take<int64_t>(t.batch * t.tokens);
-  see(t, start, limit);
+  int64_t *at = scratch.take<int64_t>(t.batch), *skip = scratch.take<int64_t>(t.batch);
+  see(t, start, limit, at, skip);
   t.start = start;
   t.limit = limit;
+  t.at = at;
+  t.skip = skip;
   const Kernels& kernel = kernels();
   parallel_range(t.batch * t.tokens, 4, [&](int64_t begin, int64_t end) { kernel.attention_prepare(t, begin, end); });
 

@@ -41,6 +41,7 @@ void attention_prepare(const AttentionTask& t, int64_t begin, int64_t end) {
   alignas(64) float x[kMostHeadDim];
   for (int64_t u = begin; u < end; ++u) {
     const int64_t b = u / t.tokens, i = u % t.tokens;
+    if (i < t.skip[b]) continue;
     const char* proj = static_cast<const char*>(t.proj) + (b * t.proj_stride + i) * t.proj_width * bytes;
     const int64_t angles = (b * t.stride + i) * t.rot;
     for (int64_t h = 0; h < t.heads; ++h) {
@@ -52,7 +53,7 @@ void attention_prepare(const AttentionTask& t, int64_t begin, int64_t end) {
       for (int64_t c = t.d; c < t.width; ++c) q[c] = 0;
     }
     for (int64_t g = 0; g < t.kv_heads; ++g) {
-      const int64_t at = ((b * t.kv_heads + g) * t.capacity + t.past + i) * t.d * cached;
+      const int64_t at = ((b * t.kv_heads + g) * t.capacity + t.at[b] + i) * t.d * cached;
       widen(proj + (2 * t.heads + g) * t.d * bytes, x, t.d, Dtype(t.proj_dtype));
       normalise(x, t.k_norm, x, t.d, t.eps);
       rope(x, t.cos + angles, t.sin + angles, t.rot);
@@ -104,7 +105,8 @@ inline const float* widened(const AttentionTask& t, const void* cache, const Que
 }
 
 // scores[r, j] = q[r] . k[j] for kScoreRows rows and 4 keys; keys from n on repeat the last one.
-inline void score_tile(const float* q, const float* k, int64_t width, int64_t j, int64_t n, float* scores) {
+inline void score_tile(const float* q, const float* k, int64_t width, int64_t j, int64_t n, float* scores,
+                       int64_t stride) {
   const float* key[4];
   for (int i = 0; i < 4; ++i) key[i] = k + (j + i < n ? j + i : n - 1) * width;
   Vec a[kScoreRows * 4];
@@ -124,16 +126,17 @@ inline void score_tile(const float* q, const float* k, int64_t width, int64_t j,
   alignas(64) float s[kScoreRows * 4];
 #pragma GCC unroll 4
   for (int i = 0; i < kScoreRows * 4; i += kLanes) store(s + i, sums(a + i));
-  for (int r = 0; r < kScoreRows; ++r) memcpy(scores + r * kBlockKeys + j, s + 4 * r, 16);
+  for (int r = 0; r < kScoreRows; ++r) memcpy(scores + r * stride + j, s + 4 * r, 16);
 }
 
 // Rows in groups that stay in the first-level cache while the keys pass. Values are on their way already.
-inline void block_scores(const float* q, int64_t rows, const float* k, int64_t width, int64_t n, float* scores) {
+inline void block_scores(const float* q, int64_t rows, const float* k, int64_t width, int64_t n, float* scores,
+                         int64_t stride) {
   constexpr int64_t kNear = 16;
   for (int64_t r = 0; r < rows; r += kNear)
     for (int64_t j = 0; j < n; j += 4)
       for (int64_t i = r; i < rows && i < r + kNear; i += kScoreRows)
-        score_tile(q + i * width, k, width, j, n, scores + i * kBlockKeys);
+        score_tile(q + i * width, k, width, j, n, scores + i * stride, stride);
 }
 
 // One row's scores of `seen` keys to weights of n (a multiple of kLanes, or the block): max and sum.
@@ -164,7 +167,7 @@ inline void soften(float* s, const uint8_t* mask, int64_t seen, int64_t n, float
 
 // out[r, c] = sum_j p[r, j] v[j, c] for kValueRows rows and V vectors of columns.
 template <int V>
-inline void value_tile(const float* p, const float* v, int64_t width, int64_t n, float* out) {
+inline void value_tile(const float* p, int64_t stride, const float* v, int64_t width, int64_t n, float* out) {
   Vec a[kValueRows * V];
 #pragma GCC unroll 16
   for (int i = 0; i < kValueRows * V; ++i) a[i] = zero();
@@ -174,7 +177,7 @@ inline void value_tile(const float* p, const float* v, int64_t width, int64_t n,
     for (int i = 0; i < V; ++i) x[i] = load(v + j * width + i * kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < kValueRows; ++r) {
-      const Vec w = splat(p[r * kBlockKeys + j]);
+      const Vec w = splat(p[r * stride + j]);
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) a[r * V + i] = fma(x[i], w, a[r * V + i]);
     }
@@ -185,21 +188,23 @@ inline void value_tile(const float* p, const float* v, int64_t width, int64_t n,
     for (int i = 0; i < V; ++i) store(out + r * width + i * kLanes, a[r * V + i]);
 }
 
-inline void block_values(const float* p, int64_t rows, const float* v, int64_t width, int64_t n, float* out) {
+inline void block_values(const float* p, int64_t stride, int64_t rows, const float* v, int64_t width, int64_t n,
+                         float* out) {
   int64_t c = 0;
   for (; c + kValueVecs * kLanes <= width; c += kValueVecs * kLanes)
     for (int64_t r = 0; r < rows; r += kValueRows)
-      value_tile<kValueVecs>(p + r * kBlockKeys, v + c, width, n, out + r * width + c);
+      value_tile<kValueVecs>(p + r * stride, stride, v + c, width, n, out + r * width + c);
   for (; c < width; c += kLanes)
     for (int64_t r = 0; r < rows; r += kValueRows)
-      value_tile<1>(p + r * kBlockKeys, v + c, width, n, out + r * width + c);
+      value_tile<1>(p + r * stride, stride, v + c, width, n, out + r * width + c);
 }
 
 // One tile against one block of keys: part.out[rows, width], most and total of every row.
 void attend_block(const AttentionTask& t, const QueryTile& q, int64_t first, int64_t end, const AttentionWork& work,
                   const AttentionPart& part) {
   const int64_t group = t.heads / t.kv_heads, n = end - first, padded = (n + kLanes - 1) / kLanes * kLanes;
-  block_scores(q.q, q.rows, widened(t, t.keys, q, first, n, work.copy), t.width, n, work.scores);
+  block_scores(q.q, q.rows, widened(t, t.keys, q, first, n, work.copy), t.width, n, work.scores,
+               kBlockKeys);
   for (int64_t r = 0; r < q.rows; ++r) {
     const int64_t row = q.b * t.tokens + q.first + r / group;
     int64_t seen = t.limit[row] - first;
@@ -208,7 +213,7 @@ void attend_block(const AttentionTask& t, const QueryTile& q, int64_t first, int
     const uint8_t* mask = t.mask ? t.mask + masked : nullptr;
     soften(work.scores + r * kBlockKeys, mask, seen, padded, part.most + r, part.total + r);
   }
-  block_values(work.scores, q.rows, widened(t, t.values, q, first, n, work.copy), t.width, n, part.out);
+  block_values(work.scores, kBlockKeys, q.rows, widened(t, t.values, q, first, n, work.copy), t.width, n, part.out);
 }
 
 // all <- all joined with the next block. A row that saw no key of the block stays as it is.
@@ -223,6 +228,8 @@ void attend_join(const AttentionPart& all, const AttentionPart& next, int64_t ro
     float *x = all.out + r * width, *y = next.out + r * width;
     for (int64_t c = 0; c < width; c += kLanes) store(x + c, fma(load(y + c), b, mul(load(x + c), a)));
     all.total[r] = next.total[r] * scale[1][0] + all.total[r] * scale[0][0];
+    if (all.noise)
+      all.noise[r] = next.noise[r] * scale[1][0] * scale[1][0] + all.noise[r] * scale[0][0] * scale[0][0];
     all.most[r] = most;
   }
 }
@@ -231,24 +238,28 @@ inline void attend_none(const AttentionPart& part, int64_t rows, int64_t width) 
   for (int64_t r = 0; r < rows; ++r) {
     part.most[r] = bits_to_f32(0xff800000u);
     part.total[r] = 0;
+    if (part.noise) part.noise[r] = 0;
   }
   memset(part.out, 0, size_t(rows * width) * 4);
 }
 
-// y = sigmoid(gate) * out / total, zero for a query that sees no key.
+// y = sigmoid(gate) * out / total, zero for a query that sees no key. No proj, no gate.
 void attend_end(const AttentionTask& t, const QueryTile& q, const AttentionPart& part) {
   const int64_t group = t.heads / t.kv_heads, bytes = t.proj_dtype == hm_f32 ? 4 : 2;
   const int64_t y_bytes = t.y_dtype == hm_f32 ? 4 : 2;
-  alignas(64) float gate[kMostHeadDim];
+  alignas(64) float gate[kMostHeadDim], y[kMostHeadDim];
   for (int64_t r = 0; r < q.rows; ++r) {
     const int64_t row = q.b * t.proj_stride + q.first + r / group, h = q.g * group + r % group;
-    const char* proj = static_cast<const char*>(t.proj) + (row * t.proj_width + (2 * h + 1) * t.d) * bytes;
-    widen(proj, gate, t.d, Dtype(t.proj_dtype));
-    for (int64_t c = t.d; c < t.width; ++c) gate[c] = 0;
     const Vec share = splat(part.total[r] == 0 ? 0.0f : 1.0f / part.total[r]);
     const float* out = part.out + r * t.width;
-    for (int64_t c = 0; c < t.width; c += kLanes) store(gate + c, mul(mul(load(out + c), share), sigmoid(load(gate + c))));
-    narrow(gate, static_cast<char*>(t.y) + (row * t.heads + h) * t.d * y_bytes, t.d, Dtype(t.y_dtype));
+    for (int64_t c = 0; c < t.width; c += kLanes) store(y + c, mul(load(out + c), share));
+    if (t.proj) {
+      const char* proj = static_cast<const char*>(t.proj) + (row * t.proj_width + (2 * h + 1) * t.d) * bytes;
+      widen(proj, gate, t.d, Dtype(t.proj_dtype));
+      for (int64_t c = t.d; c < t.width; ++c) gate[c] = 0;
+      for (int64_t c = 0; c < t.width; c += kLanes) store(y + c, mul(load(y + c), sigmoid(load(gate + c))));
+    }
+    narrow(y, static_cast<char*>(t.y) + (row * t.heads + h) * t.d * y_bytes, t.d, Dtype(t.y_dtype));
   }
 }
 

@@ -5,8 +5,13 @@
 
 namespace hm {
 
-// Notes q_norm f32[d], k_norm f32[d], cos f32[b,t,r], sin f32[b,t,r], mask? bool|u8[b,t,n], keys and values
-// f32|bf16|f16[b,g,c,d] in the task; d is bound by q_norm, g by keys. `heads` > 0 is a multiple of g.
+// Notes q_norm f32[d], k_norm f32[d], cos f32[b,t,r], sin f32[b,t,r] in the task; d is bound by q_norm.
+void check_projected(Contract& c, const DLTensor* norms, const DLTensor* angles, AttentionTask& task);
+
+// Notes `heads` > 0, a multiple of g, and eps.
+void check_heads(const Contract& c, int64_t heads, double eps, AttentionTask& task);
+
+// Both, and mask? bool|u8[b,t,n], keys and values f32|bf16|f16[b,g,c,d]; g is bound by keys.
 void check_attention(Contract& c, const DLTensor* norms, const DLTensor* angles, const DLTensor& mask,
                      const DLTensor* caches, int64_t heads, int64_t past, double eps, AttentionTask& task);
 

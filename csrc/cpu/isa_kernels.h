@@ -10,6 +10,12 @@
 #include "dequantize.h"
 #include "gated_delta.h"
 #include "hadamard.h"
+
+#include "kv_tiles.h"
+#include "kv_peers.h"
+#include "kv_encode.h"
+#include "kv_attend.h"
+
 #include "moe_decode.h"
 #include "qmatmul.h"
 #include "read_bytes.h"
@@ -39,6 +45,14 @@ extern const Kernels HM_TABLE = {
     attention_tiles,
     attention_parts,
     attention_join,
+    kv_encode,
+    kv_decode,
+    kv_scores,
+    kv_take,
+    kv_query,
+    kv_seal,
+    kv_run,
+    kv_finish,
     gated_delta_conv,
     gated_delta_rule,
     qmatmul_prepare,

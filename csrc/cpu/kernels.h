@@ -58,7 +58,8 @@ struct AttentionTask {
   const float *q_norm, *k_norm;  // [d]
   const float *cos, *sin;        // [batch, stride, rot]
   const uint8_t* mask;           // [batch, stride, mask_width]: 0 hides a key; nullptr: causal
-  void *keys, *values;           // [batch, kv_heads, capacity, d]; tokens go to past, past + 1, ...
+  void *keys, *values;           // [batch, kv_heads, capacity, d]
+  const int64_t *at, *skip;      // [batch]: token i >= skip of a sequence goes to at + i; those before are padding
   int64_t batch, tokens, heads, kv_heads, d, rot, capacity, past;
   int64_t stride, proj_stride, proj_width, mask_width;
   float eps, scale;
@@ -73,6 +74,7 @@ struct AttentionTask {
 // What a tile's rows (rounded up to 4) found in some keys.
 struct AttentionPart {
   float *out, *most, *total;  // [rows, width], [rows], [rows]
+  float* noise;               // [rows]: sum of (weight * scale of the value)^2; nullptr where nobody asks
 };
 struct AttentionWork {
   float *scores, *copy;  // [rows, kBlockKeys], [kBlockKeys, width]
@@ -87,7 +89,70 @@ struct KvSide {
   const float* signs;   // [d]: of the rotation, where the codec has one
   const float *mean, *balance;  // [d] or nullptr: h codecs store (x - mean) * balance
   float scale;          // fp8: of the codes
+  float unit, noise;    // h: a row in the rotated basis is stored scale * unit * level; D (1 - D) of values
+  int64_t page_bytes;
 };
+
+struct KvCodecTask {
+  KvSide side;
+  float* rows;     // [pages, HM_KV_PAGE, d]
+  uint8_t* pages;  // [pages, side.page_bytes]
+};
+
+// Integer scores of rows against pages of keys.
+struct KvScoresTask {
+  KvSide side;
+  const float* q;  // [rows, d]
+  const uint8_t* pages;
+  int64_t rows, count;
+  int8_t* q8;       // [rows, d]
+  float* unit;      // [rows]
+  int32_t* scores;  // [rows, count * HM_KV_PAGE]
+};
+
+// Queries of one page of a sequence under one key head; rows are (token, head of the group).
+struct KvTile {
+  int64_t b, g, first, last;  // tokens of the call
+  int64_t page, from;         // of the sequence: their own, and the first coded one they see
+  int64_t raw;                // row of the own page's first token in AttentionTask::keys
+  int64_t rows, row;          // how many, and the first one in KvTask::query
+};
+
+// One query row, ready for each kind of page.
+struct KvQuery {
+  float factor, shift;  // a score is integer * token's scale * factor + shift
+  int32_t start;        // of the integer sum: takes off kLevelOffset
+};
+
+constexpr int kRunPages = 8;  // pages whose scores are softened together
+constexpr int kRunKeys = kRunPages * HM_KV_PAGE;
+
+// Attention over pages; `raw` has the tokens of the pages this call touches, `sink` page 0 of every sequence.
+struct KvTask {
+  AttentionTask raw, sink;
+  KvSide key, value;            // signs only: mean and balance are per head, in vectors
+  const float* vectors;         // [4, kv_heads, d] or nullptr: key mean, key balance, value mean, value balance
+  const uint8_t *key_pages, *value_pages;  // [pages, kv_heads, page_bytes]
+  const int32_t* table;                    // [batch, table_width]
+  int64_t table_width, window;
+  float scale;                  // of scores
+  float* turned;                // like raw.q: rotated, for codecs that rotate but are not integers
+  int8_t* q8;                   // [all rows + kSumRows, d]
+  KvQuery* query;               // [all rows + kSumRows]
+  const void *q_in, *k_in, *v_in;  // kv_attend: [batch, tokens, heads, d]
+};
+
+// What one thread needs for a tile of rows (rounded up to kSumRows) against a run.
+struct KvWork {
+  float *scores;    // [rows, kRunKeys]
+  int8_t* weights;  // [rows, 2, kRunKeys]: high and low 7 bits
+  float* unit;      // [rows, kRunPages]: of the weights
+  int32_t* start;   // [rows, 2, kRunPages]
+  float *key_scale, *value_scale, *copy;  // [kRunKeys] each, [kBlockKeys, width]
+  AttentionWork attention;  // of raw pages; its `all` is their result
+  AttentionPart all, next;  // of coded pages
+};
+constexpr int kSumRows = 8;
 
 constexpr int kMostTaps = 8;     // of the convolution; the model has 4
 constexpr int kMostTokens = 32;  // of a chunk
@@ -212,6 +277,14 @@ struct Kernels {
                           int64_t end);  // tiles times blocks of keys
   void (*attention_join)(const AttentionTask&, const AttentionWork&, const AttentionPart*, int64_t begin,
                          int64_t end);  // tiles
+  void (*kv_encode)(const KvCodecTask&, int64_t begin, int64_t end);  // pages
+  void (*kv_decode)(const KvCodecTask&, int64_t begin, int64_t end);  // pages
+  void (*kv_scores)(const KvScoresTask&);
+  void (*kv_take)(const KvTask&, int64_t begin, int64_t end);   // tokens: q_in, k_in, v_in to raw
+  void (*kv_query)(const KvTask&, int64_t begin, int64_t end);  // query rows
+  void (*kv_seal)(const KvTask&, int64_t g, bool values, const void* rows, uint8_t* page);
+  void (*kv_run)(const KvTask&, const KvTile&, int64_t run, const KvWork&, const AttentionPart&);
+  void (*kv_finish)(const KvTask&, const KvTile&, const KvWork&, const AttentionPart* runs);  // nullptr: runs them
   void (*gated_delta_conv)(const GatedDeltaTask&, int64_t begin, int64_t end);  // heads of q, k, v
   void (*gated_delta_rule)(const GatedDeltaTask&, int64_t begin, int64_t end);  // value heads
   void (*qmatmul_prepare)(const QmatmulPrepare&, int64_t begin, int64_t end);  // tokens

@@ -44,6 +44,12 @@ def ops() -> list[str]:
 def instances() -> list[tuple[str, int, str]]:
     """(table, bits, scale) of every compiled instance, in the order of csrc/core/instances.h."""
 
+def kv_codecs() -> list[tuple[str, int]]:
+    """(name, bits) of every codec of a cache's pages, in order of their numbers."""
+
+def kv_page_bytes(codec: int, head_dim: int) -> int:
+    """Bytes of a page of one head and one side."""
+
 def isas() -> list[str]:
     """Instruction sets this machine runs, best last."""
 

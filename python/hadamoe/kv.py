@@ -1,7 +1,7 @@
 """Formats of a quantized KV cache as data: codecs, presets, rotation signs, bytes.
 
-A *codec* stores one side (keys or values) of 64-token pages; a *preset* names both sides. What a codec
-means is written in numpy in `hadamoe.reference_kv`.
+A *codec* stores one side (keys or values) of 64-token pages; a *preset* names both sides. What a
+codec means is written in numpy in `hadamoe.reference_kv`.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ PRESETS: dict[str, KVFormat] = {
 def _format_of(name: str) -> KVFormat:
     if name in PRESETS:
         return PRESETS[name]
-    if pair := re.fullmatch(r"(\w+)/(\w+)", name):  # any two codecs
-        if pair[1] in CODECS and pair[2] in CODECS:
-            return KVFormat(pair[1], pair[2])
+    pair = re.fullmatch(r"(\w+)/(\w+)", name)  # any two codecs
+    if pair and pair[1] in CODECS and pair[2] in CODECS:
+        return KVFormat(pair[1], pair[2])
     raise ContractError(
         f"kv: {name!r} is no preset, needs one of {', '.join(PRESETS)}, or KEY/VALUE of "
         f"{', '.join(CODECS)}"

@@ -1,7 +1,7 @@
 """The ops of the quantized KV cache, on numpy arrays and, for attention, any framework's.
 
-A page is 64 tokens of one head and one side; `hadamoe.kv` lists the codecs, `hadamoe.reference_kv` says in
-numpy what they and attention mean, ``csrc/core/kv_codecs.h`` how bytes lie in a page.
+A page is 64 tokens of one head and one side; `hadamoe.kv` lists the codecs, `hadamoe.reference_kv`
+says in numpy what they and attention mean, ``csrc/core/kv_codecs.h`` how bytes lie in a page.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import numpy as np
 from . import _cpu
 from .errors import ContractError
 from .kv import CODECS, KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
+from .roles import AttentionWeights
 
-__all__ = ["KVLayer", "kv_attend", "kv_decode", "kv_encode", "kv_scores"]
+__all__ = ["KVLayer", "kv_attend", "kv_attention_block", "kv_decode", "kv_encode", "kv_scores"]
 
 _SIDES = {"key": 0, "value": 1}
 
@@ -24,14 +25,15 @@ class KVLayer(NamedTuple):
 
     Attributes:
         format: codecs of keys and values.
-        raw_keys, raw_values: f32, f16 or bf16 (numpy: uint16, the bits of bf16) ``[b, g, 3, 64, d]``.
-            Slot 0 holds page 0 for good, slot 1 + p % 2 page p: the newest and the one before it.
+        raw_keys, raw_values: f32, f16 or bf16 (numpy: uint16, the bits of bf16)
+            ``[b, g, 3, 64, d]``. Slot 0 holds page 0 for good, slot 1 + p % 2 page p: the newest
+            and the one before it.
         key_pages, value_pages: u8 ``[pages, g, bytes]``.
         table: i32 ``[b, m]``: where page p of a sequence is in key_pages and value_pages; -1: not
             (page 0, the open page, pages a window has left behind).
         window: pages before its own that a query sees beside page 0; 0 for all.
-        vectors: f32 ``[4, g, d]``: key mean, key balance, value mean, value balance, or None. Codecs
-            ``h*`` store (x - mean) * balance.
+        vectors: f32 ``[4, g, d]``: key mean, key balance, value mean, value balance, or None.
+            Codecs ``h*`` store (x - mean) * balance.
         scales: f32 ``[2]``: of fp8 keys and values, or None for 1.
     """
 
@@ -66,13 +68,13 @@ def kv_attend(q: Any, k: Any, v: Any, layer: KVLayer, lengths: Any, counts: Any 
     """Appends keys and values to a layer's cache, then attends: softmax(q k^T / sqrt(d)) v, causal.
 
     A query in page p of its sequence sees page 0 and its own page as they are, pages between as
-    stored; so its bits depend on neither how the tokens came in nor the batch. A page is stored when it
-    is full. ``key_pages`` must have a place for every page that this call fills (``layer.table``).
+    stored; so its bits depend on neither how the tokens came in nor the batch. A page is stored
+    when it is full: ``layer.table`` must have a place for every page that this call fills.
 
     Args:
         q: ``[b, t, h, d]`` f32, f16 or bf16, positions applied; None: append only.
-        k, v: ``[b, t, g, d]`` of q's dtype; None: the tokens are in the cache already, in its last two
-            pages.
+        k, v: ``[b, t, g, d]`` of q's dtype; None: the tokens are in the cache already, in its last
+            two pages.
         lengths: i64 ``[b]``: tokens in each sequence before this call (k None: with them).
         counts: i64 ``[b]``: how many of the t tokens are real, the last ones; None for all.
 
@@ -86,6 +88,38 @@ def kv_attend(q: Any, k: Any, v: Any, layer: KVLayer, lengths: Any, counts: Any 
     y = None if q is None else _empty_like(q)
     inputs = [q, k, v, lengths, counts, *layer.inputs]
     _cpu.call("kv_attend", inputs, [y, *layer.outputs], layer.ints, [])
+    return y
+
+
+def kv_attention_block(
+    x: Any,
+    norm: Any,
+    weights: AttentionWeights,
+    q_norm: Any,
+    k_norm: Any,
+    cos: Any,
+    sin: Any,
+    layer: KVLayer,
+    lengths: Any,
+    counts: Any,
+    *,
+    eps: float = 1e-6,
+) -> Any:
+    """``x + o(attention(q, k, v of rmsnorm(x)))`` over pages.
+
+    Args:
+        x: f32 ``[b, t, hidden]``, the residual stream; norm, weights, q_norm, k_norm, cos, sin, eps
+            as in `ops.attention_block`; layer, lengths, counts as in `kv_attend`.
+
+    Returns:
+        f32 ``[b, t, hidden]``; x + o(0) for tokens that are not real.
+    """
+    y = _empty_like(x)
+    signs_, tables, ints = weights.arguments(0)
+    fixed = [norm, *signs_, q_norm, k_norm, *tables, *weights.buffers]
+    inputs = [x, cos, sin, lengths, counts, *layer.inputs, *fixed]
+    outputs = [y, *layer.outputs]
+    _cpu.call("kv_attention_block", inputs, outputs, [*layer.ints, *ints[1:]], [eps])
     return y
 
 

@@ -1,0 +1,255 @@
+// Tiles of integer codes (csrc/core/kv_codecs.h): 16 lanes x 32 terms as they lie in a page, and their exact
+// products with rows of signed bytes:
+//
+//   sums[r, lane] = start[r] + sum over terms of level(code[lane, term]) * x[r, term]
+//
+// Lanes are tokens for scores and columns for values, so no sum ever crosses a register. All is integer:
+// every ISA, and any order, gives the same numbers.
+#pragma once
+
+namespace hm {
+namespace {
+
+constexpr int kTileLanes = 16, kTileTerms = 32, kQuads = kTileTerms / 4;
+static inline int64_t tile_bytes(int bits) { return bits * 64; }
+
+// Levels of 2, 3 and 4 bits, near Lloyd-Max's for a normal distribution times kappa (specs in reference_kv.py).
+struct KvLevels {
+  int8_t level[16];
+  float kappa;
+  float noise;  // D (1 - D), D the relative square error
+};
+inline const KvLevels& kv_levels(int bits) {
+  static const KvLevels tables[3] = {
+      {{-90, -27, 27, 90}, 59.59375f, 0.117482f * (1 - 0.117482f)},
+      {{-88, -55, -31, -10, 10, 31, 55, 88}, 40.90625f, 0.034549f * (1 - 0.034549f)},
+      {{-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104},
+       38.140625f,
+       0.009506f * (1 - 0.009506f)},
+  };
+  return tables[bits - 2];
+}
+
+// 16 sums and 16 x 4 levels, byte i of lane l at 4 l + i. kLevelOffset is added to every level.
+#if HM_ISA_AVX512
+using LaneSums = __m512i;
+using Quad = __m512i;
+constexpr int kLevelOffset = 128;  // vpdpbusd multiplies unsigned by signed
+inline LaneSums splat_sums(int32_t s) { return _mm512_set1_epi32(s); }
+inline void store_sums(int32_t* p, LaneSums s) { _mm512_storeu_si512(p, s); }
+inline LaneSums add_dot(LaneSums s, Quad q, const int8_t* x) {
+  int32_t word;
+  memcpy(&word, x, 4);
+  return _mm512_dpbusd_epi32(s, q, _mm512_set1_epi32(word));
+}
+inline Quad load_quad(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Quad plain_levels(Quad q) { return q; }
+template <int S>
+inline Quad shifted(Quad q) {  // bits from other bytes come along
+  return S >= 0 ? _mm512_srli_epi16(q, unsigned(S)) : _mm512_slli_epi16(q, unsigned(-S));
+}
+// Table of 2^B levels (8 bits need none), repeated through 64 entries: vpermb looks at 6 bits, whatever lies above a code.
+template <int B>
+inline Quad level_table() {
+  alignas(64) uint8_t t[64] = {};
+  for (int i = 0; i < 64 && B < 8; ++i) t[i] = uint8_t(kv_levels(B).level[i & ((1 << B) - 1)] + kLevelOffset);
+  return load_quad(t);
+}
+inline Quad look_up(Quad table, Quad codes) { return _mm512_permutexvar_epi8(codes, table); }
+inline Quad low_two(Quad low, Quad rest) {  // bits 0 and 1 of low, all others of rest
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, rest, 0xCA);
+}
+#else
+#if HM_ISA_AVX2
+struct Half {
+  __m256i v;
+};
+constexpr int kHalfBytes = 32;
+inline Half half_load(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Half half_plain(Half h) { return {_mm256_xor_si256(h.v, _mm256_set1_epi8(-128))}; }
+inline Half half_shift(Half h, int s) {
+  return {s >= 0 ? _mm256_srli_epi16(h.v, s) : _mm256_slli_epi16(h.v, -s)};
+}
+inline Half half_look_up(Half t, Half c) {
+  return {_mm256_shuffle_epi8(t.v, _mm256_and_si256(c.v, _mm256_set1_epi8(15)))};
+}
+inline Half half_low_two(Half low, Half rest) {
+  const __m256i three = _mm256_set1_epi8(3);
+  return {_mm256_or_si256(_mm256_and_si256(three, low.v), _mm256_andnot_si256(three, rest.v))};
+}
+using HalfSums = __m256i;
+inline HalfSums half_splat(int32_t s) { return _mm256_set1_epi32(s); }
+inline void half_store(int32_t* p, HalfSums s) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+// |level| * (x with level's sign): pairs stay below 2 * 127 * 127 < 2^15.
+inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
+  const __m256i x = _mm256_set1_epi32(word);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(h.v), _mm256_sign_epi8(x, h.v));
+  return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#elif HM_ISA_NEON
+struct Half {
+  uint8x16_t v;
+};
+constexpr int kHalfBytes = 16;
+inline Half half_load(const uint8_t* p) { return {vld1q_u8(p)}; }
+inline Half half_plain(Half h) { return {veorq_u8(h.v, vdupq_n_u8(128))}; }
+inline Half half_shift(Half h, int s) { return {vshlq_u8(h.v, vdupq_n_s8(int8_t(-s)))}; }
+inline Half half_look_up(Half t, Half c) { return {vqtbl1q_u8(t.v, vandq_u8(c.v, vdupq_n_u8(15)))}; }
+inline Half half_low_two(Half low, Half rest) { return {vbslq_u8(vdupq_n_u8(3), low.v, rest.v)}; }
+using HalfSums = int32x4_t;
+inline HalfSums half_splat(int32_t s) { return vdupq_n_s32(s); }
+inline void half_store(int32_t* p, HalfSums s) { vst1q_s32(p, s); }
+inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
+  const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(word)), c = vreinterpretq_s8_u8(h.v);
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(c), vget_low_s8(x)));
+  const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(c), vget_high_s8(x)));
+  return vaddq_s32(s, vpaddq_s32(low, high));
+}
+#else
+struct Half {
+  uint8_t v[16];
+};
+constexpr int kHalfBytes = 16;
+template <class F>
+inline Half half_each(F f) {
+  Half h;
+  for (int i = 0; i < kHalfBytes; ++i) h.v[i] = uint8_t(f(i));
+  return h;
+}
+inline Half half_load(const uint8_t* p) {
+  return half_each([&](int i) { return p[i]; });
+}
+inline Half half_plain(Half h) {
+  return half_each([&](int i) { return h.v[i] ^ 128; });
+}
+inline Half half_shift(Half h, int s) {
+  return half_each([&](int i) { return s >= 0 ? h.v[i] >> s : h.v[i] << -s; });
+}
+inline Half half_look_up(Half t, Half c) {
+  return half_each([&](int i) { return t.v[c.v[i] & 15]; });
+}
+inline Half half_low_two(Half low, Half rest) {
+  return half_each([&](int i) { return (low.v[i] & 3) | (rest.v[i] & ~3); });
+}
+struct HalfSums {
+  int32_t v[4];
+};
+inline HalfSums half_splat(int32_t s) { return {{s, s, s, s}}; }
+inline void half_store(int32_t* p, HalfSums s) { memcpy(p, s.v, sizeof s.v); }
+inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
+  int8_t x[4];
+  memcpy(x, &word, 4);
+  for (int l = 0; l < 4; ++l)
+    for (int i = 0; i < 4; ++i) s.v[l] += int8_t(h.v[4 * l + i]) * x[i];
+  return s;
+}
+#endif
+// A quad of 64 bytes as several registers.
+constexpr int kHalves = 64 / kHalfBytes, kLevelOffset = 0;
+struct LaneSums {
+  HalfSums v[kHalves];
+};
+struct Quad {
+  Half v[kHalves];
+};
+template <class F>
+inline Quad each_half(F f) {
+  Quad q;
+  for (int i = 0; i < kHalves; ++i) q.v[i] = f(i);
+  return q;
+}
+inline LaneSums splat_sums(int32_t s) {
+  LaneSums a;
+  for (HalfSums& h : a.v) h = half_splat(s);
+  return a;
+}
+inline void store_sums(int32_t* p, const LaneSums& s) {
+  for (int i = 0; i < kHalves; ++i) half_store(p + i * (kTileLanes / kHalves), s.v[i]);
+}
+inline LaneSums add_dot(LaneSums s, const Quad& q, const int8_t* x) {
+  int32_t word;
+  memcpy(&word, x, 4);
+  for (int i = 0; i < kHalves; ++i) s.v[i] = half_dot(s.v[i], q.v[i], word);
+  return s;
+}
+inline Quad load_quad(const uint8_t* p) {
+  return each_half([&](int i) { return half_load(p + i * kHalfBytes); });
+}
+inline Quad plain_levels(const Quad& q) {
+  return each_half([&](int i) { return half_plain(q.v[i]); });
+}
+template <int S>
+inline Quad shifted(const Quad& q) {
+  return each_half([&](int i) { return half_shift(q.v[i], S); });
+}
+template <int B>
+inline Quad level_table() {
+  uint8_t t[64] = {};
+  for (int i = 0; i < 64 && B < 8; ++i) t[i] = uint8_t(kv_levels(B).level[i & ((1 << B) - 1)]);
+  return load_quad(t);
+}
+inline Quad look_up(const Quad& table, const Quad& codes) {
+  return each_half([&](int i) { return half_look_up(table.v[i], codes.v[i]); });
+}
+inline Quad low_two(const Quad& low, const Quad& rest) {
+  return each_half([&](int i) { return half_low_two(low.v[i], rest.v[i]); });
+}
+#endif
+
+// Levels of terms 4 Q .. 4 Q + 3 of a tile.
+template <int B, int Q>
+inline Quad tile_quad(const uint8_t* tile, const Quad& table) {
+  if constexpr (B == 8) return plain_levels(load_quad(tile + 64 * Q));
+  if constexpr (B == 4) return look_up(table, shifted<Q % 2 * 4>(load_quad(tile + 64 * (Q / 2))));
+  const Quad low = shifted<Q % 4 * 2>(load_quad(tile + 64 * (Q / 4)));
+  if constexpr (B == 2) return look_up(table, low);
+  return look_up(table, low_two(low, shifted<Q - 2>(load_quad(tile + 128))));
+}
+
+template <int B, int R, int Q = 0>
+inline void add_quads(const uint8_t* tile, const Quad& table, const int8_t* x, int64_t stride, LaneSums (&s)[R]) {
+  if constexpr (Q < kQuads) {
+    const Quad q = tile_quad<B, Q>(tile, table);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) s[r] = add_dot(s[r], q, x + r * stride + 4 * Q);
+    add_quads<B, R, Q + 1>(tile, table, x, stride, s);
+  }
+}
+
+// s[r] += tiles times x[r], for R rows of `count` tiles' terms.
+template <int B, int R>
+inline void add_tiles(const uint8_t* tiles, int64_t count, const Quad& table, const int8_t* x, int64_t stride,
+                      LaneSums (&s)[R]) {
+  for (int64_t i = 0; i < count; ++i) add_quads<B>(tiles + i * tile_bytes(B), table, x + i * kTileTerms, stride, s);
+}
+
+// Where term t of a lane is in a tile: planes of 8, 4, 2 or (3 bits) 2 and 1 bits.
+template <class F>
+inline void tile_fields(int bits, F&& field) {
+  for (int plane = 0, width = bits == 3 ? 2 : bits, shift = 0; shift < bits; plane += width * 64, shift += width, width = 1)
+    for (int t = 0; t < kTileTerms; ++t) {
+      const int q = t / 4, per = 8 / width;
+      field(t, plane + q / per * 64 + t % 4, q % per * width, shift, (1 << width) - 1);
+    }
+}
+
+// Codes [lane * lane_stride + term * term_stride] of a tile to its bytes.
+inline void pack_tile(int bits, const uint8_t* codes, int64_t lane_stride, int64_t term_stride, uint8_t* tile) {
+  memset(tile, 0, size_t(tile_bytes(bits)));
+  tile_fields(bits, [&](int t, int byte, int at, int shift, int mask) {
+    for (int l = 0; l < kTileLanes; ++l)
+      tile[byte + 4 * l] |= uint8_t((codes[l * lane_stride + t * term_stride] >> shift & mask) << at);
+  });
+}
+
+inline void unpack_tile(int bits, const uint8_t* tile, uint8_t* codes, int64_t lane_stride, int64_t term_stride) {
+  tile_fields(bits, [&](int t, int byte, int at, int shift, int mask) {
+    for (int l = 0; l < kTileLanes; ++l) {
+      uint8_t& code = codes[l * lane_stride + t * term_stride];
+      code = uint8_t((shift ? code : 0) | (tile[byte + 4 * l] >> at & mask) << shift);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace hm
