@@ -205,7 +205,7 @@ class Seen(NamedTuple):
     Attributes:
         raw_scores, coded_scores: ``[n, tokens]``, -inf where a query is before a token.
         raw_values, coded_values: ``[tokens, d]``; coded rows of ours in the rotated basis.
-        nu: ``[coded tokens]``, the norm of a coded row; 0 where nothing is corrected.
+        nu: ``[coded tokens]``, stored scales of coded values of ours; else 0.
     """
 
     raw_scores: np.ndarray
@@ -230,7 +230,7 @@ def slot_of(page: int) -> int:
     return 1 + page % 2 if page else 0
 
 
-def _coded(layer, i: int, j: int, page: int):
+def pages_seen(layer, i: int, j: int, page: int):
     """Pages of keys and of values that queries in ``page`` of sequence i see as stored."""
     first = max(1, page - layer.window) if layer.window else 1
     places = np.asarray(layer.table)[i, first:page]
@@ -261,7 +261,7 @@ def _value_rows(layer, pages: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarra
     codes, nu = parts_of(pages, codec, d, "value")
     nu = nu.astype(np.float64)
     worth = nu if bits == 8 else nu / (TABLES[bits][1] * np.sqrt(d))
-    return levels_of(codes, bits) * worth[:, None], nu * (bits < 8)
+    return levels_of(codes, bits) * worth[:, None], nu
 
 
 def seen_by(layer, i: int, j: int, first: int, q: np.ndarray) -> Seen:
@@ -274,32 +274,43 @@ def seen_by(layer, i: int, j: int, first: int, q: np.ndarray) -> Seen:
     end = len(keys) - n + np.arange(n).repeat(r)[:, None]
     scores = flat.astype(np.float64) @ keys.T / root
     scores = np.where(np.arange(len(keys)) <= end, scores, -np.inf)
-    key_pages, value_pages = _coded(layer, i, j, page)
+    key_pages, value_pages = pages_seen(layer, i, j, page)
     coded = _key_scores(layer, j, flat, key_pages) / root
     return Seen(scores, coded, values, *_value_rows(layer, value_pages, d))
 
 
-def combine(layer, j: int, seen: Seen, *, wiener: bool = True) -> np.ndarray:
-    """softmax(scores) values f64 ``[n, d]``, stored values' noise taken out (Wiener's factor).
-
-    The codes' errors are independent: ERRORS (1 - ERRORS) sum (p nu)^2 of the coded part's square
-    is theirs, so the part is multiplied by what is left of it. It is rotated back once.
-    """
-    bits, d = bits_of(layer.format[1]), seen.raw_values.shape[1]
+def softmax(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """What each token weighs: raw, coded, f64 ``[n, tokens]``."""
     scores = np.concatenate([seen.raw_scores, seen.coded_scores], 1)
     p = np.exp(scores - scores.max(1, keepdims=True))
-    p = p / p.sum(1, keepdims=True)
-    p, coded = np.split(p, [seen.raw_scores.shape[1]], 1)
-    part = coded @ seen.coded_values
-    if bits and wiener:
-        noise = ERRORS[bits] * (1 - ERRORS[bits]) * (coded**2 @ seen.nu**2)
-        power = np.maximum((part**2).sum(1), 1e-300)
-        part = part * np.maximum(0, 1 - noise / power)[:, None]
+    raw, coded = np.split(p / p.sum(1, keepdims=True), [seen.raw_scores.shape[1]], 1)
+    return raw, coded
+
+
+def correction(bits: int, coded: np.ndarray, nu: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Wiener's factor ``[n]``: what is left of a coded part's square without its noise.
+
+    The codes' errors are independent: ERRORS (1 - ERRORS) sum (p nu)^2 of the square is theirs.
+    """
+    noise = ERRORS[bits] * (1 - ERRORS[bits]) * (coded**2 @ nu**2)
+    return np.maximum(0, 1 - noise / np.maximum((part**2).sum(1), 1e-300))
+
+
+def join(layer, j: int, seen: Seen, raw, coded, part) -> np.ndarray:
+    """Values weighed, f64 ``[n, d]``; ``part`` is the stored ones' sum, in our codecs' basis."""
+    bits, d = bits_of(layer.format[1]), part.shape[1]
     if bits:
         mean, balance = _pair(None if layer.vectors is None else layer.vectors[2:, j], d)
+        part = part * correction(bits, coded, seen.nu, part)[:, None]
         part = hadamard_sum(part) / np.sqrt(d) * signs(d, VALUE_SEED) / balance
         part = part + coded.sum(1, keepdims=True) * mean
-    return p @ seen.raw_values + part
+    return raw @ seen.raw_values + part
+
+
+def combine(layer, j: int, seen: Seen) -> np.ndarray:
+    """softmax(scores) values f64 ``[n, d]``, stored values' noise taken out."""
+    raw, coded = softmax(seen)
+    return join(layer, j, seen, raw, coded, coded @ seen.coded_values)
 
 
 def append(layer, i: int, first: int, k: np.ndarray, v: np.ndarray) -> None:
@@ -318,24 +329,32 @@ def append(layer, i: int, first: int, k: np.ndarray, v: np.ndarray) -> None:
             pages[layer.table[i, page], j] = kv_encode(rows, layer.format[side], **options)[0]
 
 
-def kv_attend(q, k, v, layer, lengths, counts=None):
-    """`kv_ops.kv_attend` in f64, tokens in order: (y ``[b, t, h, d]`` or None, layer after it)."""
+def walk(q, k, v, layer, lengths, counts=None):
+    """Appends to the layer in place; yields (sequence, rows of q, first token) page by page."""
     b, t = (k if q is None else q).shape[:2]
-    names = ("raw_keys", "raw_values", "key_pages", "value_pages")
-    layer = layer._replace(**{name: getattr(layer, name).copy() for name in names})
-    y = None if q is None else np.zeros(q.shape)
-    groups = layer.raw_keys.shape[1]
     for i, count in enumerate([t] * b if counts is None else counts):
         begin = lengths[i] - (count if k is None else 0)
         cuts = [begin, *range((begin // PAGE + 1) * PAGE, begin + count, PAGE), begin + count]
-        for first, last in pairwise(cuts):
+        for first, last in pairwise(cuts[: len(cuts) if count else 0]):
             rows = slice(t - count + first - begin, t - count + last - begin)
             if k is not None:
                 append(layer, i, first, widen(k[i, rows]), widen(v[i, rows]))
-            if q is None or first == last:
-                continue
-            heads = np.split(widen(q[i, rows]), groups, 1)
-            for j, part in enumerate(heads):
-                out = combine(layer, j, seen_by(layer, i, j, first, part)).reshape(part.shape)
-                y[i, rows, j * part.shape[1] : (j + 1) * part.shape[1]] = out
+            if q is not None:
+                yield i, rows, first
+
+
+def copied(layer):
+    """The layer with arrays of its own."""
+    names = ("raw_keys", "raw_values", "key_pages", "value_pages")
+    return layer._replace(**{name: getattr(layer, name).copy() for name in names})
+
+
+def kv_attend(q, k, v, layer, lengths, counts=None):
+    """`kv_ops.kv_attend` in f64, tokens in order: (y ``[b, t, h, d]`` or None, layer after it)."""
+    layer, y = copied(layer), None if q is None else np.zeros(q.shape)
+    groups = layer.raw_keys.shape[1]
+    for i, rows, first in walk(q, k, v, layer, lengths, counts):
+        for j, part in enumerate(np.split(widen(q[i, rows]), groups, 1)):
+            out = combine(layer, j, seen_by(layer, i, j, first, part))
+            y[i, rows, j * part.shape[1] : (j + 1) * part.shape[1]] = out.reshape(part.shape)
     return y, layer

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import ops
+from .. import kv_ops, ops
 from ..weight import Instance
 
 #: Unit roundoff of every dtype a kernel stores.
@@ -108,7 +108,7 @@ class Poisoned:
     #: Outputs that are also inputs.
     STATES: ClassVar = {
         op: {1, 2} for op in ("gated_delta", "gated_delta_block", "attention", "attention_block")
-    }
+    } | {op: {1, 2, 3, 4} for op in ("kv_attend", "kv_attention_block")}
 
     def __init__(self, native: Any) -> None:
         self._native = native
@@ -126,12 +126,13 @@ class Poisoned:
 
 @contextmanager
 def native(module: Any) -> Iterator[None]:
-    """Lets `hadamoe.ops` call ``module`` in place of ``_cpu``."""
-    before, ops._cpu = ops._cpu, module
+    """Lets `hadamoe.ops` and `hadamoe.kv_ops` call ``module`` in place of ``_cpu``."""
+    before = ops._cpu
+    ops._cpu = kv_ops._cpu = module
     try:
         yield
     finally:
-        ops._cpu = before
+        ops._cpu = kv_ops._cpu = before
 
 
 def check(case: Case, module: Any = None) -> float:
