@@ -51,7 +51,8 @@ def load(
         dtype: of activations (a torch dtype or its name); None takes the checkpoint's.
         device: ``"cpu"``.
         options: ``rope="yarn:4"`` reaches four times the context the model was trained for
-            (1,048,576 tokens; a dict merges any rope settings); ``vision=False`` leaves a vision
+            (1,048,576 tokens; a dict merges any rope settings); ``kv="hk4v3"`` keeps keys and
+            values in 4 and 3 bits (`hadamoe.kv` lists presets); ``vision=False`` leaves a vision
             tower out; ``resident=True`` copies the weights into memory (huge pages on Linux)
             instead of mapping their files.
 

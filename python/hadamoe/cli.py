@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_bench, ops, synth, terminal
-from .cli_options import Directory, Resident, Rope, Threads, existing, set_threads
+from .cli_options import KV, Directory, Resident, Rope, Threads, existing, presets, set_threads
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 
 _ERRORS = (ContractError, FormatError, UnsupportedError, DeviceError, OSError)
@@ -126,6 +126,7 @@ def run(
         str | None, typer.Option(help="Of activations: float32, bfloat16, float16.")
     ] = None,
     rope: Rope = None,
+    kv: KV = "bf16",
     resident: Resident = False,
     threads: Threads = None,
 ) -> None:
@@ -137,8 +138,9 @@ def run(
     start = time.perf_counter()
     with terminal.bar(terminal.console(stderr=True)) as progress:
         model, tokenizer = torch_model.load(
-            directory, dtype=dtype, rope=rope, resident=resident, progress=progress
-        )
+            directory, dtype=dtype, rope=rope, kv=presets(kv), resident=resident,
+            progress=progress,
+        )  # fmt: skip
     opened = time.perf_counter() - start
 
     def show(text: str) -> None:
@@ -166,6 +168,8 @@ def run(
         f"opened     {opened:.2f} s",
         f"prefill    {result.prompt_tokens} tokens, {result.prefill_rate:.1f} tok/s",
         f"decode     {result.new_tokens} tokens, {rate}",
+        f"cache      {result.kv}, {result.token_bytes:,} bytes per token, "
+        f"{result.kv_bytes / 1e6:,.1f} MB held",
         f"memory     {torch_run.resident_bytes() / 1e6:,.0f} MB resident (with file pages)",
         f"files      {size / 1e6:,.0f} MB",
         f"kernels    {ops.isa()}, {ops.threads()} thread{'s' * (ops.threads() > 1)}",

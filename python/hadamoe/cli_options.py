@@ -10,10 +10,17 @@ import typer
 
 from . import ops
 from .errors import ContractError
+from .kv import PRESETS
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
 Resident = Annotated[
     bool, typer.Option("--resident", help="Copy the weights into memory (huge pages on Linux).")
+]
+KV = Annotated[
+    str,
+    typer.Option(
+        help=f"How keys and values are kept, one or one per attention layer: {', '.join(PRESETS)}."
+    ),
 ]
 Rope = Annotated[
     str | None, typer.Option(help="yarn:4 reaches four times the context the model has.")
@@ -29,6 +36,11 @@ def set_threads(count: int | None) -> None:
         # torch reads it once, when it is first imported
         os.environ["OMP_NUM_THREADS"] = str(count)
         ops.set_threads(count)
+
+
+def presets(kv: str) -> str | list[str]:
+    """What ``--kv`` says: one preset, or those of the layers, with commas between."""
+    return kv.split(",") if "," in kv else kv
 
 
 def existing(directory: Path) -> Path:

@@ -237,6 +237,12 @@ class KVCache:
         new._start(batch)
         return new
 
+    def share(self, s: int, page: int, place: int) -> None:
+        """Page ``page`` of sequence s lies at ``place`` from now on, where its equal is."""
+        self.pool.hold([place])
+        self.pool.release([int(self.table[s, page])])
+        self.table[s, page] = place
+
     def _sibling(self) -> Self:
         new = object.__new__(type(self))
         for name in _SHARED:

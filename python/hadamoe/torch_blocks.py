@@ -11,6 +11,7 @@ parts, as transformers computes it, for torch.compile and for whoever listens to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -20,8 +21,10 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
 
 from . import _cpu
 from .errors import UnsupportedError
+from .kv_ops import KVLayer
 from .roles import AttentionWeights, DeltaWeights, MoeWeights
 from .torch_cache import claim
+from .torch_kv import KVChoice, PagedLayer, PagedStates, paged
 from .torch_layers import QLinear, Stored, f32
 from .torch_ops import operators
 from .weight import Weight
@@ -94,7 +97,12 @@ class Attention(hf.Qwen3_5MoeAttention):
     Args:
         weights: q, k, v, o.
         norms: norm (of the layer's input), q_norm and k_norm, f32, as they are used.
+
+    Attributes:
+        kv_choice: how new caches keep keys and values; None: contiguous, unquantized.
     """
+
+    kv_choice: KVChoice | None = None
 
     def __init__(
         self,
@@ -117,9 +125,15 @@ class Attention(hf.Qwen3_5MoeAttention):
         packed = AttentionWeights.of(q=q, k=k, v=v, o=o)
         signs, tables, ints = packed.arguments()
         vectors = [norms["norm"], *signs, norms["q_norm"], norms["k_norm"]]
-        inputs = [..., ..., ..., ..., *vectors, *tables, *packed.buffers]
-        eps = [config.rms_norm_eps]
-        self.bound = _cpu.Bound("attention_block", inputs, 3, [..., *ints], eps)
+        self.fixed = [*vectors, *tables, *packed.buffers], ints, [config.rms_norm_eps]
+        inputs, ints, eps = self.fixed
+        self.bound = _cpu.Bound("attention_block", [*[...] * 4, *inputs], 3, [..., *ints], eps)
+
+    @cached_property
+    def bound_to_pages(self) -> _cpu.Bound:
+        """The block over a paged cache."""
+        inputs, ints, eps = self.fixed
+        return _cpu.Bound("kv_attention_block", [*[...] * 10, *inputs], 5, [*[...] * 3, *ints], eps)
 
     def claim(self, cache, batch: int, tokens: int) -> tuple[Tensor, Tensor, int] | None:
         """(keys, values, past) of the cache, None where native code cannot write into it."""
@@ -140,6 +154,13 @@ class Attention(hf.Qwen3_5MoeAttention):
             states: keys and values; written from ``past`` on.
         """
         self.bound([x, *angles, mask], [y, *states], [past])
+
+    def paged_block(
+        self, x: Tensor, y: Tensor, angles, pages: KVLayer, lengths: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """`block` over a paged cache; lengths and counts as `kv_ops.kv_attend` takes them."""
+        inputs = [x, *angles, lengths, counts, *pages.inputs]
+        self.bound_to_pages(inputs, [y, *pages.outputs], pages.ints)
 
     def forward(self, hidden_states: Tensor, position_embeddings, *args, **kwargs):
         qkv = self.qkv_proj(hidden_states, self.dtype)
@@ -278,11 +299,17 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
         past_key_values=None,
         **kwargs,
     ) -> Tensor:
-        x = None
+        x, pages = None, None
+        if not self.linear:
+            attention = self.self_attn
+            pages = paged(past_key_values, attention.layer_idx, attention.kv_choice)
+            if pages is not None:
+                pages.shared.mask = attention_mask
         if hidden_states.dtype == torch.float32 and not self.in_parts():
             x = self._mixed(
-                hidden_states.contiguous(), position_embeddings, attention_mask, past_key_values
-            )
+                hidden_states.contiguous(), position_embeddings, attention_mask, past_key_values,
+                pages,
+            )  # fmt: skip
         if x is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, past_key_values,
@@ -293,13 +320,18 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
         self.mlp.block(x, x)
         return x
 
-    def _mixed(self, x: Tensor, angles, mask: Tensor | None, cache) -> Tensor | None:
+    def _mixed(
+        self, x: Tensor, angles, mask: Tensor | None, cache, pages: PagedLayer | None
+    ) -> Tensor | None:
         """The first half's result; None where the cache is not one native code writes into."""
         batch, tokens, _ = x.shape
         y = torch.empty_like(x)
         if self.linear:
             mask = None if mask is None else mask.to(torch.bool).contiguous()
             self.linear_attn.block(x, y, mask, self.linear_attn.states(cache, batch))
+            return y
+        if pages is not None:
+            pages.attend(self.self_attn, x, y, angles, mask)
             return y
         claimed = self.self_attn.claim(cache, batch, tokens)
         if claimed is None:
@@ -309,11 +341,17 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
         self.self_attn.block(x, y, angles, mask, claimed[:2], claimed[2])
         return y
 
-    def advance(self, x: Tensor, angles, states: tuple[Tensor, Tensor], past: int) -> None:
+    def advance(
+        self, x: Tensor, angles, states: tuple[Tensor, Tensor] | PagedStates, past: int
+    ) -> None:
         """The whole layer on f32 x [1, tokens, hidden], in place; states as `new_states` makes
-        them."""
+        them, or pages with room reserved."""
         if self.linear:
             self.linear_attn.block(x, x, None, states)
+        elif isinstance(states, PagedStates):
+            cache = states.cache
+            pages = cache.layer(states.ordinal)
+            self.self_attn.paged_block(x, x, angles, pages, cache.lengths, cache.reserved)
         else:
             self.self_attn.block(x, x, angles, None, states, past)
         self.mlp.block(x, x)

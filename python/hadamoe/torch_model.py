@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from .torch_blocks import (
     SparseMoeBlock,
     zero_centred,
 )
+from .torch_kv import KVChoice
 from .torch_layers import Head, QEmbedding, QLinear
 from .weight import Weight, fuse_rows
 
@@ -37,6 +38,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     rope: dict[str, Any] | str | None = None,
+    kv: str | Sequence[str] = "bf16",
     vision: bool = True,
     resident: bool = False,
     progress: Progress | None = None,
@@ -51,6 +53,9 @@ def load(
         rope: ``"yarn:4"`` for four times the context the model was trained for, or overrides
             merged into the text model's rope parameters, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
+        kv: how caches made for the model keep keys and values: a preset of `hadamoe.kv`, or one
+            per attention layer. "bf16" is the contiguous, unquantized cache in dtype. "fp8" takes
+            the checkpoint's own scales where it has usable ones.
         vision: False leaves the vision tower out.
         resident: copies the weights into memory now instead of leaving them in their mapped files.
         progress: called with (bytes read, bytes in all) while that happens.
@@ -71,10 +76,13 @@ def load(
         values = formats.with_rope(files.config, rope) if rope else files.config
         config = _config(Path(path), values)
         dtype = _dtype(dtype, config)
+        choice = _kv_choice(files, config, kv)
         vision = vision and bool(files.vision)
         if resident:
             make_resident(files, vision=vision, progress=progress)
-        return _build(Path(path), files, config, dtype, vision)
+        model, tokenizer = _build(Path(path), files, config, dtype, vision, choice)
+        model.kv_choice, model.kv_scales = choice, _kv_scales(files, config)
+        return model, tokenizer
 
 
 @contextmanager
@@ -91,8 +99,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def _build(
-    path: Path, files: ModelFiles, config: Qwen3_5MoeConfig, dtype: torch.dtype, vision: bool
-) -> tuple[nn.Module, Any]:
+    path: Path, files: ModelFiles, config: Qwen3_5MoeConfig, dtype: torch.dtype, vision: bool,
+    choice: KVChoice | None,
+) -> tuple[nn.Module, Any]:  # fmt: skip
     with torch.device("meta"):
         if vision:
             model = hf.Qwen3_5MoeForConditionalGeneration(config)
@@ -101,7 +110,7 @@ def _build(
     if vision:
         _fill_vision(model.model.visual, files, dtype)
         model.model.register_forward_pre_hook(_forget_positions, with_kwargs=True)
-    _fill_text(model.model.language_model if vision else model.model, files, dtype)
+    _fill_text(model.model.language_model if vision else model.model, files, dtype, choice)
     norm = files.tensors["norm"].astype(np.float32)
     model.lm_head = Head(files.weights["lm_head"], norm, config.get_text_config().rms_norm_eps)
     _finish(model, path, dtype)
@@ -115,6 +124,30 @@ def _forget_positions(model: nn.Module, args: tuple, options: dict[str, Any]) ->
     fresh = past is None or past.get_seq_length() == 0
     if fresh and options.get("position_ids") is None:
         model.rope_deltas = None
+
+
+def _kv_scales(files: ModelFiles, config: Qwen3_5MoeConfig) -> np.ndarray | None:
+    """f32 [attention layers, 2] for keys and values in fp8; None where a checkpoint has none. Of
+    scales per head the largest: whatever any head's own scale can hold, it can."""
+    if not files.kv_scales:
+        return None
+    kinds = config.get_text_config().layer_types
+    layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    scales = np.ones((len(layers), 2), np.float32)
+    for name, values in files.kv_scales.items():
+        index, side = int(name.split(".")[1]), name.rsplit(".", 1)[1]
+        sides = {"k_scale": [0], "v_scale": [1], "kv_scale": [0, 1]}.get(side, [])
+        if index in layers:
+            scales[layers.index(index), sides] = values.max()
+    return scales
+
+
+def _kv_choice(
+    files: ModelFiles, config: Qwen3_5MoeConfig, kv: str | Sequence[str]
+) -> KVChoice | None:
+    if kv == "bf16":
+        return None
+    return KVChoice.of(config, kv, scales=_kv_scales(files, config))
 
 
 def _config(path: Path, values: dict[str, Any]) -> Qwen3_5MoeConfig:
@@ -159,6 +192,7 @@ def from_pretrained(
     rope = options.pop("rope_scaling", None) or options.pop("rope_parameters", None)
     attention = options.pop("attn_implementation", None)
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+    kv = options.pop("kv", "bf16")
     device = options.pop("device_map", None)
     if isinstance(device, dict) and len(device) == 1:
         device = next(iter(device.values()))
@@ -172,7 +206,7 @@ def from_pretrained(
     if args or options:
         names = ", ".join([*map(repr, args), *options])
         raise UnsupportedError(f"from_pretrained: {names} has no meaning for a hadamoe checkpoint")
-    model, _ = load(path, dtype=dtype, device=device, rope=rope, vision=vision)
+    model, _ = load(path, dtype=dtype, device=device, rope=rope, kv=kv, vision=vision)
     if attention is not None:
         model.set_attn_implementation(attention)
     return model
@@ -220,7 +254,9 @@ def _param(array: np.ndarray, dtype: torch.dtype) -> nn.Parameter:
     )
 
 
-def _fill_text(text: nn.Module, files: ModelFiles, dtype: torch.dtype) -> None:
+def _fill_text(
+    text: nn.Module, files: ModelFiles, dtype: torch.dtype, choice: KVChoice | None
+) -> None:
     w, v, config = files.weights, files.tensors, text.config
     text.embed_tokens = QEmbedding(w["embed_tokens"], dtype)
     text.norm.weight = zero_centred(v["norm"])
@@ -232,6 +268,7 @@ def _fill_text(text: nn.Module, files: ModelFiles, dtype: torch.dtype) -> None:
         ]
         if kind == "full_attention":
             mixer = _attention(config, i, w, v, norms[0], dtype)
+            mixer.kv_choice = choice
         else:
             mixer = _linear_attention(config, i, w, v, norms[0])
         moe = _moe(config, at + "mlp.", w, norms[1])

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from .errors import ContractError
 from .torch_decode import BY_LENGTH, Decoder
+from .torch_kv import kept
 
 __all__ = ["Generation", "bits_per_byte", "encode", "generate", "resident_bytes", "stream"]
 
@@ -58,6 +60,7 @@ class Generation:
     Attributes:
         prompt_tokens, new_tokens: counts. text: what was generated.
         prefill_seconds: until the first new token. decode_seconds: from the first to the last.
+        kv: how keys and values were kept. token_bytes, kv_bytes: of a token's, and of all.
     """
 
     prompt_tokens: int = 0
@@ -65,6 +68,9 @@ class Generation:
     text: str = ""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    kv: str = ""
+    token_bytes: int = 0
+    kv_bytes: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -176,7 +182,9 @@ def stream(
         streamer = _Streamer(decode, on_text, result, time.perf_counter())
         if _ours(model, ids):
             pick = _Pick(model.generation_config.top_k, temperature, top_p)
-            _stream_natively(model, ids, max_tokens, pick, stop, streamer)
+            decoder = Decoder(model, ids.shape[1] + max_tokens)
+            _stream_natively(decoder, model, ids, max_tokens, pick, stop, streamer)
+            result.kv, result.token_bytes, result.kv_bytes = decoder.kept()
             return result
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
@@ -184,10 +192,12 @@ def stream(
         if not stop:
             sampling |= {"eos_token_id": None, "min_new_tokens": max_tokens}
         mask = torch.ones_like(ids)
+        cache = DynamicCache(config=model.config)
         model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, streamer=streamer,
-            **sampling,
+            past_key_values=cache, **sampling,
         )  # fmt: skip
+        result.kv, result.token_bytes, result.kv_bytes = kept(cache, model.kv_choice)
     return result
 
 
@@ -243,12 +253,12 @@ class _Pick:
 
 
 def _stream_natively(
-    model: Any, ids: torch.Tensor, count: int, pick: _Pick, stop: bool, streamer: _Streamer
-) -> None:
+    decoder: Decoder, model: Any, ids: torch.Tensor, count: int, pick: _Pick, stop: bool,
+    streamer: _Streamer,
+) -> None:  # fmt: skip
     eos = model.generation_config.eos_token_id if stop else None
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     streamer.put(ids)
-    decoder = Decoder(model, ids.shape[1] + count)
     token = pick(decoder, decoder.feed(ids))
     one = torch.empty(1, 1, dtype=torch.int64)
     for left in range(count - 1, -1, -1):

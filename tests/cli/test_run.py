@@ -37,6 +37,21 @@ def test_run_samples_the_same_with_the_same_seed():
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_run_over_a_quantized_cache():
+    args = ("run", checkpoint("stdlib_mxfp4"), "-p", "import os\nimport ", "--max-tokens", 24)
+    plain, result = call(*args), call(*args, "--kv", "hk4v3")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == plain.stdout  # all in the first page
+    assert "cache      bfloat16, 512 bytes per token, 0.0 MB held" in plain.stderr
+    assert "cache      hk4v3, 120 bytes per token, 0.1 MB held" in result.stderr
+    with pytest.warns(UserWarning, match="layers left unquantized: 0"):
+        mixed = call(*args, "--kv", "bf16,hk8v4")
+    assert "cache      bf16,hk8v4, 356 bytes per token" in mixed.stderr
+    wrong = call(*args, "--kv", "hk5")
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("hadamoe: kv: 'hk5' is no preset, needs one of bf16, hk8v8, ")
+
+
 def test_run_without_tokenizer():
     result = call("run", checkpoint("w4a16_tiny"), "-p", "x")
     assert result.exit_code == 1
