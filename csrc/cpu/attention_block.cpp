@@ -21,8 +21,8 @@ enum Input { kX, kCos, kSin, kCache };  // then the cache's, then these:
 enum Fixed { kNorm, kSigns, kHeadNorms = kSigns + 4, kTables = kHeadNorms + 2 };
 enum Role { kQ, kK, kV, kO, kRoles };
 constexpr const char* kRoleNames[kRoles] = {"q", "k", "v", "o"};
-constexpr RotationNames kHiddenNames{"norm", "hidden_block", "hidden_pre", "hidden_post", "pq"};
-constexpr RotationNames kInnerNames{"o", "inner_block", "inner_pre", "inner_post", "uv"};
+constexpr RotationNames kHiddenNames{"norm", "hidden_block", "hidden_pre", "hidden_post", "ij"};
+constexpr RotationNames kInnerNames{"o", "inner_block", "inner_pre", "inner_post", "xy"};
 
 // Keys and values side by side, behind a mask.
 struct Contiguous {

@@ -338,3 +338,13 @@ def test_raw_rows_and_pages_of_others_are_untouched(isa):
         assert before.tobytes() == now.tobytes()
     assert np.array_equal(after.key_pages, layer.key_pages)
     assert np.array_equal(after.value_pages, layer.value_pages)
+
+
+# ---- half a layer ----
+
+
+def test_kv_attention_block_is_its_parts(isa):
+    """The bits of the ops that it is made of, under every kind of rotation, with any threads."""
+    for case in kv_cases.block_cases():
+        claims.check(case)
+        claims.check_deterministic(case)

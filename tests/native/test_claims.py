@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hadamoe import ops
-from hadamoe.verify import cases, claims, layers
+from hadamoe.verify import cases, claims, kv_cases, layers
 
 INSTANCES = ops.instances()
 
@@ -41,6 +41,20 @@ def test_qmatmul_top(runner):
 @pytest.mark.parametrize("op", layers.BLOCKS)
 def test_blocks(runner, op):
     prove(runner, layers.block_cases(op))
+
+
+@pytest.mark.parametrize("op", ["kv_encode", "kv_decode", "kv_scores"])
+def test_kv_codecs(runner, op):
+    every = (c for codec in kv_cases.OURS for c in kv_cases.codec_cases(codec))
+    prove(runner, [c for c in every if c.op == op])
+
+
+def test_kv_attend(runner):
+    prove(runner, kv_cases.attend_cases())
+
+
+def test_kv_attention_block(runner):
+    prove(runner, kv_cases.block_cases())
 
 
 @pytest.mark.parametrize("inst", INSTANCES, ids=str)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import ops, reference
 from ..weight import Instance, Part, Rotation, Weight
-from . import layers, rounding
+from . import kv_cases, layers, rounding
 from .claims import Case, gamma, rounding_bound
 from .rounding import Rounded
 from .samples import (
@@ -346,6 +346,8 @@ def by_op_and_instance(
     yield ("qmatmul_top", None), list(layers.qmatmul_top_cases(seed))
     for op in layers.BLOCKS:
         yield (op, None), list(layers.block_cases(op, seed))
+    for op, group in kv_cases.cases(seed):
+        yield (op, None), group
     for inst in ops.instances():
         yield ("dequantize", inst), list(dequantize_cases(inst, seed))
     for inst in ops.instances():

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import kv_ops, reference_kv
+from .. import kv_ops, ops, reference_kv
 from ..bf16 import to_bf16
 from ..kv import CODECS, PAGE, KVFormat, page_bytes
-from . import kv_rounding
+from . import kv_rounding, layers
 from .claims import UNIT, Case
 
 #: Ours: codes are compared bit for bit.
@@ -189,9 +189,82 @@ def attend_cases(seed: int = 0) -> Iterator[Case]:
             yield attend_case(rng, KVFormat(codec, codec), shape)
 
 
+def _prepared(x: np.ndarray, norm: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Heads ``[b, t, n, d]`` normed and turned, the bits that `ops.attention` keeps as keys."""
+    b, t, n, d = x.shape
+    proj = np.zeros((b, t, 4 * n, d), np.float32)
+    proj[:, :, 2 * n : 3 * n] = x
+    keys, values = (np.zeros((b, n, t, d), np.float32) for _ in range(2))
+    proj = proj.reshape(b, t, -1)
+    ops.attention(proj, norm, norm, cos, sin, keys, values, heads=n, eps=0.0)
+    return np.ascontiguousarray(keys.swapaxes(1, 2))
+
+
+def _gated(y: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    """y sigmoid(gate) of ``[b, t, n, d]``, the bits of `ops.attention` of one key each."""
+    b, t, n, d = y.shape
+    proj = np.zeros((b * t, 1, 4 * n, d), np.float32)
+    proj[:, 0, 1 : 2 * n : 2] = gate.reshape(b * t, n, d)
+    proj[:, 0, 3 * n :] = y.reshape(b * t, n, d)
+    caches = [np.zeros((b * t, n, 1, d), np.float32) for _ in range(2)]
+    none, one = np.zeros((b * t, 1, 0), np.float32), np.ones(d, np.float32)
+    out = ops.attention(proj.reshape(b * t, 1, -1), one, one, none, none, *caches, heads=n)
+    return out.reshape(b, t, n * d)
+
+
+def block_case(rng: np.random.Generator, fmt: KVFormat, shape: Shape, kind: str) -> Case:
+    """`kv_attention_block` gives the bits of the ops it is made of."""
+    b, t, h, g, d, hidden = len(shape.past), shape.t, shape.heads, shape.groups, shape.d, 64
+    layer = filled(rng, fmt, shape, t)
+    turn, turn_inner = layers.rotations(rng, kind, hidden, h * d)
+    rows = {"q": 2 * h * d, "k": g * d, "v": g * d}
+    weights = {role: layers.block_weight(rng, n, hidden, turn) for role, n in rows.items()}
+    weights["o"] = layers.block_weight(rng, hidden, h * d, turn_inner)
+    packed = ops.AttentionWeights.of(**weights)
+    x = layers.signs_of(rng, b, t, hidden)
+    arrays = layers.attention_arrays(rng, b, t, h, g, d, 8, 0, 1)
+    q_norm, k_norm, cos, sin = (arrays[n] for n in ("q_norm", "k_norm", "cos", "sin"))
+    norm = rng.uniform(0.5, 1.5, hidden).astype(np.float32)
+    past, counts = (np.array(n, np.int64) for n in (shape.past, shape.counts or [t] * b))
+    lengths = past + counts
+
+    def fused() -> tuple[np.ndarray, ...]:
+        after = reference_kv.copied(layer)
+        vectors = (q_norm, k_norm, cos, sin, after, past, counts)
+        y = kv_ops.kv_attention_block(x, norm, packed, *vectors, eps=0.0)
+        return y, *map(_widen, live(after, lengths))
+
+    def parts() -> tuple[np.ndarray, ...]:
+        after = reference_kv.copied(layer)
+        both, k, v = (layers.parts_of(x * norm, weights[role]) for role in "qkv")
+        q, gate = np.split(both.reshape(b, t, h, 2 * d), 2, -1)
+        q, k = _prepared(q, q_norm, cos, sin), _prepared(k.reshape(b, t, g, d), k_norm, cos, sin)
+        y = kv_ops.kv_attend(q, k, v.reshape(b, t, g, d), after, past, counts)
+        y = x + layers.parts_of(_gated(y, gate), weights["o"])
+        return y, *map(_widen, live(after, lengths))
+
+    def run() -> tuple[np.ndarray, ...]:
+        pairs = zip(fused(), parts(), strict=True)
+        return tuple(a.astype(np.float32) - b.astype(np.float32) for a, b in pairs)
+
+    want = tuple(np.zeros_like(a, np.float32) for a in (x, *live(layer, past)))
+    label = f"{'/'.join(fmt)} past={shape.past} t={t} rotation={kind}"
+    return Case("kv_attention_block", "exact", label, None, run, want)
+
+
+def block_cases(seed: int = 0) -> Iterator[Case]:
+    """`kv_attention_block` under every kind of rotation, one token and many."""
+    rng = np.random.default_rng(seed)
+    yield block_case(rng, KVFormat("h4", "h3"), Shape(4, 2, 32, (200, 63), 1), "none")
+    shape = Shape(4, 1, 64, (130, 0), 70, (70, 66), raw="bf16", vectors=True)
+    yield block_case(rng, KVFormat("h8", "h4"), shape, "blocks")
+    yield block_case(rng, KVFormat("turbo4", "fp8"), Shape(2, 2, 64, (190,), 3), "rows")
+
+
 def cases(seed: int = 0) -> Iterator[tuple[str, list[Case]]]:
-    """(op, its cases) of all four ops."""
+    """(op, its cases) of all five ops."""
     every = [c for codec in OURS for c in codec_cases(codec, seed)]
     for op in ("kv_encode", "kv_decode", "kv_scores"):
         yield op, [c for c in every if c.op == op]
     yield "kv_attend", list(attend_cases(seed))
+    yield "kv_attention_block", list(block_cases(seed))
