@@ -39,7 +39,7 @@ LAYERS = [
     {"roles", "torch_cache", "reference_kv_peers"},
     {"reference_kv", "kv_ops"},
     {"ops", "torch_ops", "mlx_ops", "kv_pool", "kv_file"},
-    {"kv_cache"},
+    {"kv_cache", "mlx_kv"},
     {"kv_prefix", "torch_kv", "mlx_cache"},
     {"torch_layers", "mlx_layers", "verify", "inspect", "synth"},
     {"torch_blocks"},

@@ -1,0 +1,330 @@
+"""Quantized prompt caches for mlx-lm, in MLX operations only: lazy, on any device, traceable.
+
+    from hadamoe.mlx_cache import make_prompt_cache
+    cache = make_prompt_cache(model, "hk4v3")
+    mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
+
+mlx-lm's attention takes keys and values as arrays, so this cache hands them over decoded: what it
+saves is the memory between calls, not time. A call decodes all pages of a layer, whose f32 rows are
+there while the layer runs. Attention on codes needs kernels that this module does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_causal_mask
+
+from .errors import ContractError, UnsupportedError
+from .kv import PAGE, KVFormat, formats_of, page_bytes
+from .mlx_kv import kv_decode, kv_encode, refuse
+
+__all__ = ["HadamoeBatchKVCache", "HadamoeKVCache", "make_prompt_cache"]
+
+
+def make_prompt_cache(model: Any, kv: str | Sequence[str] = "hk4v3") -> list[Any]:
+    """A model's prompt cache as mlx-lm's `make_prompt_cache` gives it, attention layers quantized.
+
+    Args:
+        model: a model of mlx-lm.
+        kv: a preset of `hadamoe.kv.PRESETS` or ``"KEY/VALUE"`` of the codecs h2, h3, h4, h8,
+            affine4, affine8 and bf16; or one of these per attention layer. "bf16" leaves mlx-lm's
+            own cache.
+
+    Returns:
+        One cache per layer: `HadamoeKVCache` for attention, mlx-lm's own for linear attention.
+
+    Raises:
+        ContractError: an unknown preset, or a list of another length than the attention layers.
+        UnsupportedError: a codec without MLX code; a layer whose cache is neither a state nor
+            attention to all tokens.
+    """
+    caches = mlx_lm_cache.make_prompt_cache(model)
+    own = (mlx_lm_cache.KVCache, mlx_lm_cache.ArraysCache)
+    for i, c in enumerate(caches):
+        if type(c) not in own:
+            name = type(c).__name__
+            raise UnsupportedError(f"kv: layer {i} has a {name}, which cannot be quantized")
+    plain = [i for i, c in enumerate(caches) if type(c) is mlx_lm_cache.KVCache]
+    for i, form in zip(plain, formats_of(kv, len(plain)), strict=True):
+        if not form.raw:
+            caches[i] = HadamoeKVCache(form)
+    return caches
+
+
+class _Side:
+    """Keys or values of a layer: page 0 and the newest pages as they came, full others as bytes.
+
+    Attributes:
+        first: ``[b, g, <= 64, d]``, page 0.
+        pages: u8 ``[b, g, p, bytes]``: every full page but page 0.
+        newest: ``[b, g, n, d]``, the tokens from page ``kept`` on, which the cache counts.
+    """
+
+    def __init__(self, codec: str, side: str, arrays: Sequence[mx.array]) -> None:
+        self.codec, self.side = codec, side
+        self.first, self.pages, self.newest = arrays
+
+    @classmethod
+    def empty(cls, codec: str, side: str, like: mx.array) -> _Side:
+        b, g, _, d = like.shape
+        none = mx.zeros((b, g, 0, d), like.dtype)
+        return cls(codec, side, [none, mx.zeros((b, g, 0, page_bytes(codec, d)), mx.uint8), none])
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.first, self.pages, self.newest]
+
+    def seen(self, offset: int, kept: int) -> list[mx.array]:
+        """``[b, g, tokens, d]`` side by side: all tokens as the next one sees them."""
+        b, g, p, _ = self.pages.shape
+        d, parts = self.first.shape[-1], [self.first]
+        if p:
+            rows = kv_decode(self.pages, self.codec, d, side=self.side)
+            parts.append(rows.reshape(b, g, p * PAGE, d).astype(self.first.dtype))
+        return [*parts, self.newest[:, :, (max(1, offset // PAGE) - kept) * PAGE :]]
+
+    def append(self, x: mx.array, offset: int, kept: int, keep: int) -> None:
+        b, g, t, d = x.shape
+        if offset < PAGE:
+            self.first = mx.concatenate([self.first, _cut(x, 0, PAGE - offset)], 2)
+        newest = mx.concatenate([self.newest, x[:, :, max(0, PAGE - offset) :]], 2)
+        begin, end = max(1, offset // PAGE), (offset + t) // PAGE
+        if begin < end:
+            full = newest[:, :, (begin - kept) * PAGE : (end - kept) * PAGE]
+            full = full.reshape(b, g, end - begin, PAGE, d)
+            pages = kv_encode(full, self.codec, side=self.side)
+            self.pages = mx.concatenate([self.pages, pages], 2)
+        self.newest = _cut(newest, (keep - kept) * PAGE, newest.shape[2])
+
+    def trim(self, offset: int, kept: int) -> None:
+        self.first = _cut(self.first, 0, offset)
+        self.pages = _cut(self.pages, 0, max(0, offset // PAGE - 1))
+        self.newest = _cut(self.newest, 0, max(0, offset - kept * PAGE))
+
+
+def _cut(x: mx.array, begin: int, end: int) -> mx.array:
+    """Tokens begin .. end of ``[b, g, t, d]``, without holding the memory of the others."""
+    whole = begin == 0 and end >= x.shape[2]
+    return x if whole else mx.contiguous(x[:, :, begin:end])
+
+
+class HadamoeKVCache(mlx_lm_cache._BaseCache):
+    """Keys and values of one attention layer in pages of 64 tokens, as mlx-lm's caches are used.
+
+    Page 0 and the newest page, not yet full, stay as they came; a page between is stored as codes
+    when it is full. `update_and_fetch` returns the call's own tokens as they came, full pages of
+    earlier calls as stored. So a token fed alone sees what hadamoe's own attention would show it
+    (which also takes the noise of stored values out of its result), and a token of a prompt sees
+    its own chunk unquantized: a prompt cut elsewhere gives slightly other numbers.
+
+    Sequences of one batch are equally long; mlx-lm's batched generation uses `HadamoeBatchKVCache`.
+    NaN is not refused: it is read back as NaN.
+
+    Args:
+        form: codecs of keys and values.
+
+    Raises:
+        UnsupportedError: a codec without MLX code.
+    """
+
+    def __init__(self, form: KVFormat) -> None:
+        refuse(form)
+        self.format = form
+        self.offset = 0
+        self._kept = 1  # lowest page whose tokens are all (or will be) in `newest`
+        self._sides: list[_Side] = []
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Stores keys and values ``[b, g, t, d]``.
+
+        Raises:
+            ContractError: a head dimension the codec cannot store.
+        """
+        if not self._sides:
+            likes = zip(self.format, ("key", "value"), (keys, values), strict=True)
+            self._sides = [_Side.empty(*like) for like in likes]
+        end = self.offset + keys.shape[2]
+        keep = max(self._kept, end // PAGE - 1)
+        for side, x in zip(self._sides, (keys, values), strict=True):
+            side.append(x, self.offset, self._kept, keep)
+        self.offset, self._kept = end, keep
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Stores keys and values ``[b, g, t, d]`` and returns all, ``[b, g, offset, d]`` each."""
+        old_keys, old_values = self.seen()
+        self.append(keys, values)
+        return mx.concatenate([*old_keys, keys], 2), mx.concatenate([*old_values, values], 2)
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All keys and values as the next token will see them."""
+        keys, values = self.seen()
+        return mx.concatenate(keys, 2), mx.concatenate(values, 2)
+
+    def seen(self) -> list[list[mx.array]]:
+        """`keys_and_values` in pieces ``[b, g, n, d]`` that lie one behind the other."""
+        return [side.seen(self.offset, self._kept) for side in self._sides] or [[], []]
+
+    @property
+    def state(self) -> tuple:
+        """What `mlx_lm.models.cache.save_prompt_cache` writes."""
+        return (*self.format, self.offset, self._kept, [s.arrays for s in self._sides] or None)
+
+    @state.setter
+    def state(self, v: Sequence[Any]) -> None:
+        key, value, self.offset, self._kept, arrays = v
+        self.format = KVFormat(key, value)
+        arrays = arrays or [None, None]
+        parts = zip(self.format, ("key", "value"), arrays, strict=True)
+        self._sides = [_Side(*part) for part in parts if part[2] is not None]
+
+    def is_trimmable(self) -> bool:
+        """True; `trim` refuses what it cannot do exactly."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forgets the last n tokens without a trace and returns n, at most all.
+
+        The last 64 tokens can always go, and any number that leaves whole pages or less than one.
+
+        Raises:
+            ContractError: a part of a page would stay that is no longer there as it came.
+        """
+        n = min(self.offset, n)
+        offset = self.offset - n
+        page = max(1, offset // PAGE)
+        if offset > PAGE and offset % PAGE and page < self._kept:
+            raise ContractError(
+                f"trim: n={n} leaves {offset} of {self.offset} tokens, needs a multiple of {PAGE}, "
+                f"less than {PAGE}, or at least {self._kept * PAGE}"
+            )
+        for side in self._sides:
+            side.trim(offset, self._kept)
+        self.offset, self._kept = offset, min(self._kept, page)
+        return n
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """As mlx-lm's plain cache."""
+        return mlx_lm_cache.create_attention_mask(*args, offset=self.offset, **kwargs)
+
+    def size(self) -> int:
+        """Tokens stored."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """Whether nothing was ever stored."""
+        return not self._sides
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: page 0, codes, and up to 127 newest tokens."""
+        return sum(a.nbytes for side in self._sides for a in side.arrays)
+
+    @classmethod
+    def merge(cls, caches: Sequence[HadamoeKVCache]) -> HadamoeBatchKVCache:
+        """Single sequences as a batch, for mlx-lm's batched generation."""
+        return HadamoeBatchKVCache([cls.from_state(c.state) for c in caches])
+
+
+class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
+    """Sequences of different lengths, each in a `HadamoeKVCache` of its own; made by its ``merge``.
+
+    Keys and values are returned padded on the left, as mlx-lm's `BatchKVCache` does; padding is
+    never stored, so a sequence has the pages it would have alone.
+    """
+
+    def __init__(self, caches: list[HadamoeKVCache]) -> None:
+        self.caches = caches
+        self._left: list[int] | None = None  # real tokens still to come while prompts are padded
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each sequence, i32 ``[b]``."""
+        return mx.array([c.offset for c in self.caches])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As `HadamoeKVCache.update_and_fetch`, ``[b, g, longest + t, d]`` each."""
+        t, size = keys.shape[2], self.size()
+        rows: tuple[list[mx.array], list[mx.array]] = ([], [])
+        for i, c in enumerate(self.caches):
+            new = [keys[i : i + 1], values[i : i + 1]]
+            for row, old, x in zip(rows, c.seen(), new, strict=True):
+                padding = mx.zeros((1, x.shape[1], size - c.offset, x.shape[3]), x.dtype)
+                row.append(mx.concatenate([padding, *old, x], 2))
+            count = t if self._left is None else min(t, self._left[i])
+            if count:
+                c.append(*(x[:, :, :count] for x in new))
+            if self._left is not None:
+                self._left[i] -= count
+        return mx.concatenate(rows[0]), mx.concatenate(rows[1])
+
+    def prepare(self, *, left_padding: Any = None, lengths: Any = None, **_: Any) -> None:
+        """Says how many of the coming tokens are real, the first ones of each row.
+
+        Raises:
+            UnsupportedError: tokens padded on the left, which mlx-lm's generation never has.
+        """
+        if left_padding is not None:
+            raise UnsupportedError("kv: prompts padded on the left, needs them on the right")
+        self._left = None if lengths is None else list(lengths)
+
+    def finalize(self) -> None:
+        """All coming tokens are real."""
+        self._left = None
+
+    @property
+    def state(self) -> tuple:
+        """What `mlx_lm.models.cache.save_prompt_cache` writes."""
+        return self._left, [c.state for c in self.caches]
+
+    @state.setter
+    def state(self, v: Sequence[Any]) -> None:
+        self._left, states = v
+        self.caches = [HadamoeKVCache.from_state(s) for s in states]
+
+    def is_trimmable(self) -> bool:
+        """True; `trim` refuses what it cannot do exactly."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """`HadamoeKVCache.trim` of every sequence."""
+        return max(c.trim(n) for c in self.caches)
+
+    def make_mask(self, n: int, return_array: bool = False, **kwargs: Any) -> mx.array:
+        """Which keys each of n queries sees: bool ``[b, 1, n, longest + n]``."""
+        padding = mx.array([self.size() - c.offset for c in self.caches])
+        return create_causal_mask(n, offset=self.size(), left_padding=padding, **kwargs)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keeps these sequences."""
+        self.caches = [self.caches[i] for i in batch_indices]
+        self._left = self._left and [self._left[i] for i in batch_indices]
+
+    def extend(self, other: HadamoeBatchKVCache) -> None:
+        """Takes another batch's sequences behind its own."""
+        self.caches = self.caches + other.caches
+
+    def extract(self, idx: int) -> HadamoeKVCache:
+        """One sequence, by itself."""
+        return HadamoeKVCache.from_state(self.caches[idx].state)
+
+    def size(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(c.offset for c in self.caches)
+
+    def empty(self) -> bool:
+        """Whether nothing was ever stored."""
+        return all(c.empty() for c in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(c.nbytes for c in self.caches)
+
+
+# load_prompt_cache looks classes up by name in mlx-lm's own module
+for _class in (HadamoeKVCache, HadamoeBatchKVCache):
+    setattr(mlx_lm_cache, _class.__name__, _class)
