@@ -41,7 +41,7 @@ const char* run_codec(const char* name, const hm_args* args, bool encode) {
     KvCodecTask task{kv_side(c, args->ints[0], args->ints[1] == 1), reinterpret_cast<float*>(data(rows)),
                      reinterpret_cast<uint8_t*>(data(pages))};
     take_vectors(c, args->in + 1, task.side);
-    c.shape("scale", args->in[4], "z").dtype("scale", args->in[4], "f32").bind("scale", 'z', 1);
+    c.bind("scale", 'z', 1).shape("scale", args->in[4], "z").dtype("scale", args->in[4], "f32");
     task.side.scale = *reinterpret_cast<const float*>(data(args->in[4]));
     c.require(task.side.scale > 0 && isfinite(task.side.scale), "scale", "needs a positive number");
     c.bind("pages", 'n', task.side.page_bytes).shape("pages", pages, "pn").dtype("pages", pages, "u8");

@@ -53,13 +53,13 @@ KvArguments::KvArguments(Contract& c, const DLTensor* in, const DLTensor* out, c
     c.require(side.signs || !hm_kv_rotated(side.codec), signs[i], "is absent, needs f32[d] for a codec that rotates");
   }
   if (present(vectors)) {
-    c.shape("vectors", vectors, "vgd").dtype("vectors", vectors, "f32").bind("vectors", 'v', 4);
+    c.bind("vectors", 'v', 4).shape("vectors", vectors, "vgd").dtype("vectors", vectors, "f32");
     c.require(hm_kv_integer(task.key.codec) && hm_kv_integer(task.value.codec), "vectors",
               "belong to codecs h2, h3, h4 and h8");
     task.vectors = reinterpret_cast<const float*>(data(vectors));
   }
   if (present(scales)) {
-    c.shape("scales", scales, "z").dtype("scales", scales, "f32").bind("scales", 'z', 2);
+    c.bind("scales", 'z', 2).shape("scales", scales, "z").dtype("scales", scales, "f32");
     for (int i = 0; i < 2; ++i) {
       sides[i]->scale = reinterpret_cast<const float*>(data(scales))[i];
       c.require(sides[i]->scale > 0 && isfinite(sides[i]->scale), "scales", "needs positive numbers");
@@ -94,8 +94,9 @@ void KvArguments::check_tables(const Contract& c, int64_t tokens, bool append) c
     const std::string at = "[" + std::to_string(b) + "] ";
     c.require(counts[b] >= 0 && counts[b] <= tokens, "counts",
               at + "is " + std::to_string(counts[b]) + ", needs 0.." + std::to_string(tokens));
-    c.require(lengths[b] >= (append ? 0 : counts[b]) && lengths[b] < kMost, "lengths",
-              at + "is " + std::to_string(lengths[b]) + ", needs " + std::to_string(append ? 0 : counts[b]) + " or more");
+    const int64_t least = append ? 0 : counts[b];
+    c.require(lengths[b] >= least && lengths[b] <= kMost, "lengths",
+              at + "is " + std::to_string(lengths[b]) + ", needs " + std::to_string(least) + ".." + std::to_string(kMost));
     if (!counts[b]) continue;
     const int64_t from = lengths[b] - (append ? 0 : counts[b]), end = from + counts[b];
     c.require(append || from / HM_KV_PAGE + 1 >= (end - 1) / HM_KV_PAGE, "counts",

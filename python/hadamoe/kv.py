@@ -90,8 +90,10 @@ def page_bytes(codec: str, head_dim: int) -> int:
     """Bytes of one page of one head and one side.
 
     Raises:
-        ContractError: head_dim is one the codec cannot store.
+        ContractError: an unknown codec, or head_dim is one it cannot store.
     """
+    if codec not in CODECS:
+        raise ContractError(f"kv: {codec!r} is no codec, needs one of {', '.join(CODECS)}")
     least = 64 if codec.startswith("affine") else 32
     needs = f"a multiple of {least} up to 512"
     fits = head_dim % least == 0 and 0 < head_dim <= 512
