@@ -67,7 +67,6 @@ class Profile:
 
 
 class _Call(NamedTuple):
-    start: float
     seconds: float
     kind: str
     op: str
@@ -82,9 +81,9 @@ def profile(model: Any, ids: Any, new_tokens: int) -> Profile:
     The first new token ends the prefill and is not counted; the profile's own time is taken off.
     """
     with _recorded(model) as calls:
-        began = time.perf_counter()
         done = torch_run.generate(model, ids, new_tokens)
-    calls = [c for c in calls if c.start > began + done.prefill_seconds]
+    first = next(i for i, c in enumerate(calls) if c.kind == "head")  # ends the prefill
+    calls = calls[first + 1 :]
     tokens = done.new_tokens - 1
     lines: dict[tuple[str, str], Line] = {}
     for c in calls:
@@ -114,7 +113,7 @@ def _recorded(model: Any) -> Iterator[list[_Call]]:
         after = _cpu.products()
         spent, nbytes = (after[0] - before[0]) / 1e9, after[1] - before[1]
         overhead = start - entered + clock() - end
-        calls.append(_Call(start, end - start, kind, op, spent, nbytes, overhead))
+        calls.append(_Call(end - start, kind, op, spent, nbytes, overhead))
 
     _cpu.count_products(True)
     _cpu.call = lambda op, *args: timed(call, op, op, *args)

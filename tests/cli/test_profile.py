@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from recorded import checkpoint
@@ -13,6 +14,7 @@ from hadamoe import _cpu, inspect, resident
 from hadamoe.cli import app
 
 pytest.importorskip("torch")
+from hadamoe import torch_run
 from hadamoe.profile import profile
 
 
@@ -37,6 +39,19 @@ def test_a_profile_adds_up(name):
     assert all(line.calls >= 1 for line in p.lines)
 
 
+def test_a_slow_start_is_no_part_of_a_token(monkeypatch):
+    model, _ = hadamoe.load(checkpoint("stdlib_jangtq2"))
+    generate = torch_run.generate
+
+    def late(*args):
+        time.sleep(0.05)
+        return generate(*args)
+
+    monkeypatch.setattr(torch_run, "generate", late)
+    p = profile(model, [[1, 2, 3, 4, 5]], 5)
+    assert [line.calls for line in p.lines if line.kind == "head"] == [1]
+
+
 def test_products_are_counted_only_when_asked():
     model, _ = hadamoe.load(checkpoint("stdlib_mxfp4"))
     before = _cpu.products()
@@ -59,11 +74,12 @@ def test_bench_profiles_resident_weights(tmp_path):
 
 
 def test_profile_and_resident_need_a_checkpoint():
-    for option in (("--profile",), ("--resident",), ("--rope", "yarn:4")):
+    for option in (("--profile",), ("--resident",), ("--rope", "yarn:4"), ("--context", "4k")):
         result = call("bench", *option)
         assert result.exit_code == 1
         assert result.stderr == (
-            "hadamoe: bench: --profile, --resident and --rope need a checkpoint directory\n"
+            "hadamoe: bench: --profile, --resident, --rope and --context need a checkpoint "
+            "directory\n"
         )
 
 
