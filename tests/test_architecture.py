@@ -47,7 +47,7 @@ LAYERS = [
     {"torch_model", "mlx_model"},
     {"torch_run", "transformers_hook"},
     {"profile", "terminal", "cli_options"},
-    {"bench"},
+    {"bench", "torch_bench"},
     {"cli_bench"},
     {"cli"},
     {"__init__", "__main__"},

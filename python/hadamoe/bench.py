@@ -9,10 +9,9 @@ import datetime
 import os
 import platform
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -237,79 +236,13 @@ def _bytes_per_weight(instance: Instance) -> float:
     return instance.bits / 8 + scales / group
 
 
-def model(
-    directory: str | os.PathLike[str],
-    bandwidth: float,
-    prompt_tokens: int,
-    new_tokens: int,
-    *,
-    resident: bool = False,
-    repeats: int = 3,
-    profiled: bool = False,
-    rope: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], Any]:
-    """Prefill and decode of a whole checkpoint, beside the time of reading its weights alone.
-
-    Args:
-        bandwidth: 1e9 bytes/s of reading alone, at the current number of threads.
-        resident: weights in memory instead of mapped; ``progress`` as in `hadamoe.load`.
-        repeats: runs whose median rates are reported.
-        profiled: also take one more run apart.
-        rope: as in `hadamoe.load`.
-
-    Returns: (figures by name, `profile.Profile` or None).
-
-    Raises:
-        FormatError, UnsupportedError, DeviceError: as `hadamoe.load`.
-    """
-    from . import inspect, profile, torch_model, torch_run
-
-    copied = 0
-
-    def copying(done: int, total: int) -> None:
-        nonlocal copied
-        copied = total
-        if progress is not None:
-            progress(done, total)
-
-    found = inspect.describe(directory)
-    start = time.perf_counter()
-    loaded, _ = torch_model.load(
-        directory, rope=rope, resident=resident, progress=copying
-    )
-    opened = time.perf_counter() - start
-    ids = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens))
-    torch_run.generate(loaded, ids, 2)  # maps the pages, wakes the threads
-    runs = [torch_run.generate(loaded, ids, new_tokens) for _ in range(repeats)]
-    decode = statistics.median(r.decode_rate for r in runs)
-    floor, peak = found.token_bytes / bandwidth / 1e9, torch_run.peak_bytes()
-    figures = {
-        "format": found.format,
-        "file GB": found.file_bytes / 1e9,
-        "weights": "resident" if resident else "mapped",
-        "open s": opened,
-        "runs": repeats,
-        "prompt tokens": prompt_tokens,
-        "prefill tok/s": statistics.median(r.prefill_rate for r in runs),
-        "new tokens": new_tokens,
-        "decode tok/s": decode,
-        "read GB/token": found.token_bytes / 1e9,
-        "floor tok/s": 1 / floor,
-        "time over floor": 1 / (floor * decode),
-        "resident GB": torch_run.resident_bytes() / 1e9,
-        "peak GB": peak / 1e9,
-    }
-    if resident:  # a mapped file is in memory in part, nobody knows which at the peak
-        figures["peak over weights GB"] = (peak - copied) / 1e9
-    return figures, profile.profile(loaded, ids, new_tokens) if profiled else None
-
-
 def report(
     bandwidth: dict[int, float],
     rows: list[Row],
     model: dict[str, Any] | None,
     profile: Any = None,
+    prefills: Sequence[Any] = (),
+    contexts: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Everything measured, for JSON. Rates in 1e9 bytes/s and tokens/s."""
     return {
@@ -318,6 +251,8 @@ def report(
         "instances": [asdict(r) for r in rows],
         "model": model,
         "profile": None if profile is None else asdict(profile),
+        "prefill": [asdict(r) for r in prefills],
+        "context": [asdict(r) for r in contexts],
     }
 
 
