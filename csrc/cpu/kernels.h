@@ -145,7 +145,7 @@ struct KvTask {
 // What one thread needs for a tile of rows (rounded up to kSumRows) against a run.
 struct KvWork {
   float *scores;    // [rows, kRunKeys]
-  int8_t* weights;  // [rows, 2, kRunKeys]: high and low 7 bits
+  int8_t* weights;  // [rows / kSumRows, kRunPages, 16 quads, kSumRows, 2, 4]: high and low 7 bits
   float* unit;      // [rows, kRunPages]: of the weights
   int32_t* start;   // [rows, 2, kRunPages]
   float *key_scale, *value_scale, *copy;  // [kRunKeys] each, [kBlockKeys, width]

@@ -16,10 +16,11 @@
 namespace hm {
 namespace {
 
+// Integer sums kept in registers: rows times blocks of 16 tokens; high and low halves of rows.
 #if HM_ISA_AVX512
-constexpr int kScoreSums = 8, kValueSums = 16;  // integer sums kept in registers
+constexpr int kScoreSums = 8, kScoreBlocks = 2, kValueSums = 16;
 #else
-constexpr int kScoreSums = 4, kValueSums = 4;
+constexpr int kScoreSums = 4, kScoreBlocks = 1, kValueSums = 4;
 #endif
 constexpr int kWeightBits = 14, kWeightMost = (1 << kWeightBits) - 1;
 
@@ -124,35 +125,44 @@ struct KvPages {
   }
 };
 
-// Integer scores of kScoreSums rows against 16 tokens.
-template <int B>
-inline void tile_scores(const uint8_t* tiles, int64_t d, const Quad& table, const int8_t* q8, const int32_t* start,
-                        int32_t* scores) {
-  LaneSums s[kScoreSums];
-  for (int r = 0; r < kScoreSums; ++r) s[r] = splat_sums(start[r]);
-  add_tiles<B>(tiles, d / kTileTerms, table, q8, d, s);
-  for (int r = 0; r < kScoreSums; ++r) store_sums(scores + r * kTileLanes, s[r]);
+// sink(first token of the page, row, sums) for kSumRows interleaved rows against one page.
+template <int B, class Sink>
+inline void page_scores(const uint8_t* page, int64_t d, const Quad& table, const int8_t* x, const int32_t* start,
+                        Sink&& sink) {
+  const int64_t block = d / kTileTerms * tile_bytes(B);
+  for (int64_t t = 0; t < HM_KV_PAGE; t += kScoreBlocks * kTileLanes)
+    for (int r = 0; r < kSumRows; r += kScoreSums) {
+      LaneSums s[kScoreBlocks * kScoreSums];
+#pragma GCC unroll 16
+      for (int i = 0; i < kScoreBlocks * kScoreSums; ++i) s[i] = splat_sums(start[r + i % kScoreSums]);
+      add_tiles<B, kScoreSums, kSumRows, kScoreBlocks>(page + t / kTileLanes * block, d / kTileTerms, block, table,
+                                                       x + 4 * r, s);
+#pragma GCC unroll 16
+      for (int i = 0; i < kScoreBlocks * kScoreSums; ++i)
+        sink(t + i / kScoreSums * kTileLanes, r + i % kScoreSums, s[i]);
+    }
 }
 
 template <int B>
 void integer_scores(const KvTask& t, const KvTile& q, const KvPages& pages, const KvWork& work) {
   const Quad table = level_table<B>();
-  const int64_t d = t.key.d, block = d / kTileTerms * tile_bytes(B);
-  int32_t start[kScoreSums];
-  alignas(64) int32_t sums[kScoreSums * kTileLanes];
-  for (int64_t p = 0; p < pages.count; ++p) {
-    const float* scale = work.key_scale + p * HM_KV_PAGE;
-    for (int64_t r = 0; r < q.rows; r += kScoreSums) {
-      const KvQuery* query = t.query + q.row + r;
-      for (int i = 0; i < kScoreSums; ++i) start[i] = query[i].start;
-      for (int64_t b = 0; b < HM_KV_PAGE / kTileLanes; ++b) {
-        tile_scores<B>(pages.key[p] + b * block, d, table, t.q8 + (q.row + r) * d, start, sums);
-        for (int i = 0; i < kScoreSums; ++i) {
-          float* out = work.scores + (r + i) * kRunKeys + p * HM_KV_PAGE + b * kTileLanes;
-          for (int l = 0; l < kTileLanes; ++l)
-            out[l] = float(sums[i * kTileLanes + l]) * scale[b * kTileLanes + l] * query[i].factor + query[i].shift;
-        }
-      }
+  const int64_t d = t.key.d;
+  alignas(64) int8_t x[kSumRows * kMostHeadDim];
+  int32_t start[kSumRows];
+  for (int64_t r = 0; r < q.rows; r += kSumRows) {
+    const KvQuery* query = t.query + q.row + r;
+    interleave(t.q8 + (q.row + r) * d, d, d, kSumRows, kSumRows, x);
+    for (int i = 0; i < kSumRows; ++i) start[i] = query[i].start;
+    for (int64_t p = 0; p < pages.count; ++p) {
+      const float* scale = work.key_scale + p * HM_KV_PAGE;
+      page_scores<B>(pages.key[p], d, table, x, start, [&](int64_t token, int i, const LaneSums& sums) {
+        float* out = work.scores + (r + i) * kRunKeys + p * HM_KV_PAGE + token;
+        alignas(64) float s[kTileLanes];
+        store_floats(s, sums);
+        const Vec factor = splat(query[i].factor), shift = splat(query[i].shift);
+        for (int l = 0; l < kTileLanes; l += kLanes)
+          store(out + l, fma(mul(load(s + l), load(scale + token + l)), factor, shift));
+      });
     }
   }
 }
@@ -175,8 +185,9 @@ inline void coded_scores(const KvTask& t, const KvTile& q, const KvPages& pages,
   }
 }
 
-// A row's softened scores of one page times the values' scales, as 14 bits of the largest.
-inline float page_weights(const float* p, const float* scale, int8_t* high, int8_t* low, float* noise) {
+// A row's softened scores of one page times the values' scales, as 14 bits of the largest; returns their unit.
+// x: [token / 4][row, high | low][4].
+inline float page_weights(const float* p, const float* scale, int8_t* x, float* noise, int32_t* start) {
   alignas(64) float w[HM_KV_PAGE];
   Vec top = zero(), squares = zero();
   for (int t = 0; t < HM_KV_PAGE; t += kLanes) {
@@ -190,12 +201,22 @@ inline float page_weights(const float* p, const float* scale, int8_t* high, int8
   for (float x : lane) most = x > most ? x : most;
   *noise += sum(squares);
   const float by = most > 1e-30f ? kWeightMost / most : 0;
+  int8_t high[HM_KV_PAGE], low[HM_KV_PAGE];
+  int32_t sum_high = 0, sum_low = 0;
   for (int t = 0; t < HM_KV_PAGE; ++t) {
-    const float x = w[t] * by + 0.5f;
-    const int32_t n = int32_t(x < kWeightMost ? x : kWeightMost);
+    const float v = w[t] * by + 0.5f;
+    const int32_t n = int32_t(v < kWeightMost ? v : kWeightMost);
     high[t] = int8_t(n >> 7);
     low[t] = int8_t(n & 127);
+    sum_high += n >> 7;
+    sum_low += n & 127;
   }
+  for (int t = 0; t < HM_KV_PAGE; t += 4) {
+    memcpy(x + t * 2 * kSumRows, high + t, 4);
+    memcpy(x + t * 2 * kSumRows + 4, low + t, 4);
+  }
+  start[0] = -kLevelOffset * sum_high;
+  start[kRunPages] = -kLevelOffset * sum_low;
   return most > 1e-30f ? most / kWeightMost : 0;
 }
 
@@ -212,11 +233,10 @@ inline void coded_weights(const KvTask& t, const KvTile& q, const KvPages& pages
     soften(s, nullptr, n, n, part.most + r, part.total + r);
     part.noise[r] = 0;
     for (int64_t p = 0; p < pages.count && integer; ++p) {
-      int8_t *high = work.weights + 2 * r * kRunKeys + p * HM_KV_PAGE, *low = high + kRunKeys;
-      const float* scale = work.value_scale + p * HM_KV_PAGE;
-      work.unit[r * kRunPages + p] = page_weights(s + p * HM_KV_PAGE, scale, high, low, part.noise + r) * t.value.unit;
-      work.start[(2 * r) * kRunPages + p] = -kLevelOffset * byte_sum(high, HM_KV_PAGE);
-      work.start[(2 * r + 1) * kRunPages + p] = -kLevelOffset * byte_sum(low, HM_KV_PAGE);
+      int8_t* x = work.weights + ((r / kSumRows * kRunPages + p) * HM_KV_PAGE * kSumRows + r % kSumRows * 4) * 2;
+      work.unit[r * kRunPages + p] = page_weights(s + p * HM_KV_PAGE, work.value_scale + p * HM_KV_PAGE, x,
+                                                  part.noise + r, work.start + 2 * r * kRunPages + p) *
+                                     t.value.unit;
     }
   }
 }
@@ -226,21 +246,23 @@ template <int B>
 inline void tile_values(const KvPages& pages, int64_t column, const Quad& table, const int8_t* weights,
                         const int32_t* start, const float* unit, float* out, int64_t width) {
   constexpr int kRows = kValueSums / 2;
-  alignas(64) int32_t sums[kValueSums * kTileLanes];
-  alignas(64) float o[kRows * kTileLanes] = {};
   const int64_t at = column / kTileLanes * (HM_KV_PAGE / kTileTerms) * tile_bytes(B);
   for (int64_t p = 0; p < pages.count; ++p) {
     LaneSums s[kValueSums];
+#pragma GCC unroll 16
     for (int i = 0; i < kValueSums; ++i) s[i] = splat_sums(start[i * kRunPages + p]);
-    add_tiles<B>(pages.value[p] + at, HM_KV_PAGE / kTileTerms, table, weights + p * HM_KV_PAGE, kRunKeys, s);
-    for (int i = 0; i < kValueSums; ++i) store_sums(sums + i * kTileLanes, s[i]);
-    for (int r = 0; r < kRows; ++r)
-      for (int l = 0; l < kTileLanes; ++l) {
-        const int32_t dot = sums[2 * r * kTileLanes + l] * 128 + sums[(2 * r + 1) * kTileLanes + l];
-        o[r * kTileLanes + l] += float(dot) * unit[r * kRunPages + p];
-      }
+    add_tiles<B, kValueSums, 2 * kSumRows, 1>(pages.value[p] + at, HM_KV_PAGE / kTileTerms, 0, table,
+                                              weights + p * HM_KV_PAGE * 2 * kSumRows, s);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      alignas(64) float x[kTileLanes];
+      store_floats(x, joined(s[2 * r], s[2 * r + 1]));
+      const Vec by = splat(unit[r * kRunPages + p]);
+      float* o = out + r * width + column;
+      for (int l = 0; l < kTileLanes; l += kLanes)
+        store(o + l, p ? fma(load(x + l), by, load(o + l)) : mul(load(x + l), by));
+    }
   }
-  for (int r = 0; r < kRows; ++r) memcpy(out + r * width + column, o + r * kTileLanes, sizeof(float) * kTileLanes);
 }
 
 template <int B>
@@ -248,8 +270,9 @@ void integer_values(const KvTask& t, const KvTile& q, const KvPages& pages, cons
   const Quad table = level_table<B>();
   for (int64_t c = 0; c < t.value.d; c += kTileLanes)
     for (int64_t r = 0; r < q.rows; r += kValueSums / 2)
-      tile_values<B>(pages, c, table, work.weights + 2 * r * kRunKeys, work.start + 2 * r * kRunPages,
-                     work.unit + r * kRunPages, out + r * t.raw.width, t.raw.width);
+      tile_values<B>(pages, c, table,
+                     work.weights + (r / kSumRows * kRunPages * HM_KV_PAGE * kSumRows + r % kSumRows * 4) * 2,
+                     work.start + 2 * r * kRunPages, work.unit + r * kRunPages, out + r * t.raw.width, t.raw.width);
 }
 
 inline void coded_values(const KvTask& t, const KvTile& q, const KvPages& pages, const KvWork& work, float* out) {
@@ -319,34 +342,33 @@ void kv_finish(const KvTask& t, const KvTile& q, const KvWork& work, const Atten
 }
 
 template <int B>
-void page_scores(const KvScoresTask& t, const int32_t* start, const int8_t* q8, int64_t p, int64_t rows, int32_t* out) {
+inline void all_scores(const KvScoresTask& t, int64_t rows, const int8_t* x, const int32_t* start, int32_t* out) {
   const Quad table = level_table<B>();
-  const int64_t d = t.side.d, all = t.count * HM_KV_PAGE;
-  alignas(64) int32_t sums[kScoreSums * kTileLanes];
-  for (int64_t b = 0; b < HM_KV_PAGE / kTileLanes; ++b) {
-    tile_scores<B>(t.pages + p * t.side.page_bytes + b * (d / kTileTerms) * tile_bytes(B), d, table, q8, start, sums);
-    for (int64_t i = 0; i < rows; ++i)
-      memcpy(out + i * all + p * HM_KV_PAGE + b * kTileLanes, sums + i * kTileLanes, 4 * kTileLanes);
-  }
+  for (int64_t p = 0; p < t.count; ++p)
+    page_scores<B>(t.pages + p * t.side.page_bytes, t.side.d, table, x, start,
+                   [&](int64_t token, int i, const LaneSums& sums) {
+                     if (i < rows) store_sums(out + (i * t.count + p) * HM_KV_PAGE + token, sums);
+                   });
 }
 
-// The integers of tile_scores by themselves.
+// The integers of page_scores by themselves.
 void kv_scores(const KvScoresTask& t) {
   const int64_t d = t.side.d;
-  for (int64_t r = 0; r < t.rows; ++r) t.unit[r] = kv_query_row(t.side, t.q + r * d, t.q8 + r * d);
-  for (int64_t r = 0; r < t.rows; r += kScoreSums) {
-    const int64_t rows = t.rows - r < kScoreSums ? t.rows - r : kScoreSums;
-    int8_t q8[kScoreSums * kMostHeadDim] = {};
-    int32_t start[kScoreSums] = {};
-    memcpy(q8, t.q8 + r * d, size_t(rows * d));
-    for (int64_t i = 0; i < rows; ++i) start[i] = -kLevelOffset * byte_sum(q8 + i * d, d);
-    int32_t* out = t.scores + r * t.count * HM_KV_PAGE;
-    for (int64_t p = 0; p < t.count; ++p) switch (hm_kv_bits(t.side.codec)) {
-        case 2: page_scores<2>(t, start, q8, p, rows, out); break;
-        case 3: page_scores<3>(t, start, q8, p, rows, out); break;
-        case 4: page_scores<4>(t, start, q8, p, rows, out); break;
-        default: page_scores<8>(t, start, q8, p, rows, out);
-      }
+  alignas(64) int8_t x[kSumRows * kMostHeadDim];
+  for (int64_t r = 0; r < t.rows; r += kSumRows) {
+    const int64_t rows = t.rows - r < kSumRows ? t.rows - r : kSumRows;
+    int32_t start[kSumRows] = {}, *out = t.scores + r * t.count * HM_KV_PAGE;
+    for (int64_t i = r; i < r + rows; ++i) {
+      t.unit[i] = kv_query_row(t.side, t.q + i * d, t.q8 + i * d);
+      start[i - r] = -kLevelOffset * byte_sum(t.q8 + i * d, d);
+    }
+    interleave(t.q8 + r * d, d, d, rows, kSumRows, x);
+    switch (hm_kv_bits(t.side.codec)) {
+      case 2: all_scores<2>(t, rows, x, start, out); break;
+      case 3: all_scores<3>(t, rows, x, start, out); break;
+      case 4: all_scores<4>(t, rows, x, start, out); break;
+      default: all_scores<8>(t, rows, x, start, out);
+    }
   }
 }
 

@@ -29,6 +29,11 @@ void take_vectors(Contract& c, const DLTensor* in, KvSide& side) {
             "and balance belong to codecs h2, h3, h4 and h8");
 }
 
+void check_finite(const Contract& c, const char* name, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!isfinite(x[i])) c.fail(name, "has a number that is not finite at " + std::to_string(i));
+}
+
 const char* run_codec(const char* name, const hm_args* args, bool encode) {
   return guarded([&] {
     Contract c(name);
@@ -46,8 +51,7 @@ const char* run_codec(const char* name, const hm_args* args, bool encode) {
     c.require(task.side.scale > 0 && isfinite(task.side.scale), "scale", "needs a positive number");
     c.bind("pages", 'n', task.side.page_bytes).shape("pages", pages, "pn").dtype("pages", pages, "u8");
     const int64_t count = c['p'], numbers = count * HM_KV_PAGE * task.side.d;
-    for (int64_t i = 0; i < numbers && encode; ++i)
-      c.require(isfinite(task.rows[i]), "rows", "has a number that is not finite at " + std::to_string(i));
+    if (encode) check_finite(c, "rows", task.rows, numbers);
     parallel_range(count, 1, [&](int64_t begin, int64_t end) {
       (encode ? kernels().kv_encode : kernels().kv_decode)(task, begin, end);
     });
@@ -79,8 +83,7 @@ const char* op_kv_scores(const hm_args* args) {
     t.q8 = reinterpret_cast<int8_t*>(data(out[0]));
     t.unit = reinterpret_cast<float*>(data(out[1]));
     t.scores = reinterpret_cast<int32_t*>(data(out[2]));
-    for (int64_t i = 0; i < t.rows * t.side.d; ++i)
-      c.require(isfinite(t.q[i]), "q", "has a number that is not finite at " + std::to_string(i));
+    check_finite(c, "q", t.q, t.rows * t.side.d);
     kernels().kv_scores(t);
   });
 }

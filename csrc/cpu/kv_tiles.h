@@ -30,13 +30,15 @@ inline const KvLevels& kv_levels(int bits) {
   return tables[bits - 2];
 }
 
-// 16 sums and 16 x 4 levels, byte i of lane l at 4 l + i. kLevelOffset is added to every level.
+// 16 sums and 16 x 4 levels, byte i of lane l at 4 l + i. kLevelOffset is added to every level. joined(): high * 128 + low.
 #if HM_ISA_AVX512
 using LaneSums = __m512i;
 using Quad = __m512i;
 constexpr int kLevelOffset = 128;  // vpdpbusd multiplies unsigned by signed
 inline LaneSums splat_sums(int32_t s) { return _mm512_set1_epi32(s); }
 inline void store_sums(int32_t* p, LaneSums s) { _mm512_storeu_si512(p, s); }
+inline void store_floats(float* p, LaneSums s) { store(p, _mm512_cvtepi32_ps(s)); }
+inline LaneSums joined(LaneSums high, LaneSums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
 inline LaneSums add_dot(LaneSums s, Quad q, const int8_t* x) {
   int32_t word;
   memcpy(&word, x, 4);
@@ -80,6 +82,8 @@ inline Half half_low_two(Half low, Half rest) {
 using HalfSums = __m256i;
 inline HalfSums half_splat(int32_t s) { return _mm256_set1_epi32(s); }
 inline void half_store(int32_t* p, HalfSums s) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+inline void half_floats(float* p, HalfSums s) { _mm256_storeu_ps(p, _mm256_cvtepi32_ps(s)); }
+inline HalfSums half_joined(HalfSums high, HalfSums low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
 // |level| * (x with level's sign): pairs stay below 2 * 127 * 127 < 2^15.
 inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
   const __m256i x = _mm256_set1_epi32(word);
@@ -99,6 +103,8 @@ inline Half half_low_two(Half low, Half rest) { return {vbslq_u8(vdupq_n_u8(3), 
 using HalfSums = int32x4_t;
 inline HalfSums half_splat(int32_t s) { return vdupq_n_s32(s); }
 inline void half_store(int32_t* p, HalfSums s) { vst1q_s32(p, s); }
+inline void half_floats(float* p, HalfSums s) { vst1q_f32(p, vcvtq_f32_s32(s)); }
+inline HalfSums half_joined(HalfSums high, HalfSums low) { return vaddq_s32(vshlq_n_s32(high, 7), low); }
 inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
   const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(word)), c = vreinterpretq_s8_u8(h.v);
   const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(c), vget_low_s8(x)));
@@ -136,6 +142,13 @@ struct HalfSums {
 };
 inline HalfSums half_splat(int32_t s) { return {{s, s, s, s}}; }
 inline void half_store(int32_t* p, HalfSums s) { memcpy(p, s.v, sizeof s.v); }
+inline void half_floats(float* p, HalfSums s) {
+  for (int l = 0; l < 4; ++l) p[l] = float(s.v[l]);
+}
+inline HalfSums half_joined(HalfSums high, HalfSums low) {
+  for (int l = 0; l < 4; ++l) low.v[l] += high.v[l] * 128;
+  return low;
+}
 inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
   int8_t x[4];
   memcpy(x, &word, 4);
@@ -165,6 +178,14 @@ inline LaneSums splat_sums(int32_t s) {
 }
 inline void store_sums(int32_t* p, const LaneSums& s) {
   for (int i = 0; i < kHalves; ++i) half_store(p + i * (kTileLanes / kHalves), s.v[i]);
+}
+inline void store_floats(float* p, const LaneSums& s) {
+  for (int i = 0; i < kHalves; ++i) half_floats(p + i * (kTileLanes / kHalves), s.v[i]);
+}
+inline LaneSums joined(const LaneSums& high, const LaneSums& low) {
+  LaneSums a;
+  for (int i = 0; i < kHalves; ++i) a.v[i] = half_joined(high.v[i], low.v[i]);
+  return a;
 }
 inline LaneSums add_dot(LaneSums s, const Quad& q, const int8_t* x) {
   int32_t word;
@@ -206,21 +227,38 @@ inline Quad tile_quad(const uint8_t* tile, const Quad& table) {
   return look_up(table, low_two(low, shifted<Q - 2>(load_quad(tile + 128))));
 }
 
-template <int B, int R, int Q = 0>
-inline void add_quads(const uint8_t* tile, const Quad& table, const int8_t* x, int64_t stride, LaneSums (&s)[R]) {
+// Rows of bytes lie interleaved by fours, x[quad][G rows][4]: one after the other, as they are loaded.
+// s[N b + r] += tile b times row r, for R rows and N tiles `apart` bytes from each other.
+template <int B, int R, int G, int N, int Q = 0>
+inline void add_quads(const uint8_t* tile, int64_t apart, const Quad& table, const int8_t* x, LaneSums (&s)[N * R]) {
   if constexpr (Q < kQuads) {
-    const Quad q = tile_quad<B, Q>(tile, table);
+    Quad q[N];
+#pragma GCC unroll 4
+    for (int b = 0; b < N; ++b) q[b] = tile_quad<B, Q>(tile + b * apart, table);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) s[r] = add_dot(s[r], q, x + r * stride + 4 * Q);
-    add_quads<B, R, Q + 1>(tile, table, x, stride, s);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < N; ++b) s[b * R + r] = add_dot(s[b * R + r], q[b], x + (Q * G + r) * 4);
+    add_quads<B, R, G, N, Q + 1>(tile, apart, table, x, s);
   }
 }
 
-// s[r] += tiles times x[r], for R rows of `count` tiles' terms.
-template <int B, int R>
-inline void add_tiles(const uint8_t* tiles, int64_t count, const Quad& table, const int8_t* x, int64_t stride,
-                      LaneSums (&s)[R]) {
-  for (int64_t i = 0; i < count; ++i) add_quads<B>(tiles + i * tile_bytes(B), table, x + i * kTileTerms, stride, s);
+// The same for `count` tiles side by side.
+template <int B, int R, int G, int N>
+inline void add_tiles(const uint8_t* tiles, int64_t count, int64_t apart, const Quad& table, const int8_t* x,
+                      LaneSums (&s)[N * R]) {
+  for (int64_t i = 0; i < count; ++i)
+    add_quads<B, R, G, N>(tiles + i * tile_bytes(B), apart, table, x + i * kTileTerms * G, s);
+}
+
+// Rows of n bytes, `stride` apart, to x[n / 4][group][4]; rows from `rows` on become zeros.
+inline void interleave(const int8_t* from, int64_t stride, int64_t n, int64_t rows, int64_t group, int8_t* x) {
+  for (int64_t r = 0; r < group; ++r)
+    for (int64_t i = 0; i < n; i += 4)
+      if (r < rows)
+        memcpy(x + (i / 4 * group + r) * 4, from + r * stride + i, 4);
+      else
+        memset(x + (i / 4 * group + r) * 4, 0, 4);
 }
 
 // Where term t of a lane is in a tile: planes of 8, 4, 2 or (3 bits) 2 and 1 bits.
