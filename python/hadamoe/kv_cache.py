@@ -110,10 +110,28 @@ class KVCache:
         after = self.lengths + counts
         if self.tokens is not None and (after > self.tokens).any():
             s = int(np.argmax(after > self.tokens))
-            raise ContractError(
-                f"kv: sequence {s} has {self.lengths[s]} + {counts[s]} tokens, "
-                f"needs at most {self.tokens}"
-            )
+            found = f"{self.lengths[s]} + {counts[s]} tokens"
+            raise ContractError(f"kv: sequence {s} has {found}, needs at most {self.tokens}")
+        self.check_whole()
+        self.widen(int(-(-after.max() // PAGE)))
+        fills = np.flatnonzero(after // PAGE > np.maximum(self.lengths // PAGE, 1))
+        if fills.size:  # one token in 64
+            self._find_places(fills, after)
+        self.raw_from = np.maximum(self.raw_from, (after - 1) // PAGE - 1)
+        self._pending = counts
+
+    def _find_places(self, rows: np.ndarray, after: np.ndarray) -> None:
+        spots = [
+            (s, p)
+            for s in rows
+            for p in range(max(1, self.lengths[s] // PAGE), after[s] // PAGE)
+            if self.table[s, p] < 0
+        ]
+        for spot, place in zip(spots, self.pool.take(len(spots)), strict=True):
+            self.table[spot] = place
+
+    def check_whole(self) -> None:
+        """Raises ContractError where a pass that failed has overwritten tokens of an open page."""
         lost = (self.lengths % PAGE > 0) & (self.lengths >= PAGE)
         lost &= self.lengths // PAGE < self.raw_from
         if lost.any():
@@ -122,17 +140,6 @@ class KVCache:
                 f"kv: a pass that failed has overwritten tokens of sequence {s} after "
                 f"{self.lengths[s] // PAGE * PAGE}; trim it there"
             )
-        self.widen(int(-(-after.max() // PAGE)))
-        spots = [
-            (s, p)
-            for s in np.flatnonzero(after // PAGE > np.maximum(self.lengths // PAGE, 1))
-            for p in range(max(1, self.lengths[s] // PAGE), after[s] // PAGE)
-            if self.table[s, p] < 0
-        ]
-        for spot, place in zip(spots, self.pool.take(len(spots)), strict=True):
-            self.table[spot] = place
-        self.raw_from = np.maximum(self.raw_from, (after - 1) // PAGE - 1)
-        self._pending = counts
 
     def layer(self, i: int) -> KVLayer:
         """What ops of attention layer i read and write, until the next `reserve`."""
@@ -230,6 +237,11 @@ class KVCache:
         new.kept_from, new._pending = self.kept_from[rows], None
         self.pool.hold(new.places())
         return new
+
+    __copy__ = fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.fork()
 
     def empty(self, batch: int = 1) -> Self:
         """A cache without tokens that takes its pages from the same pool."""

@@ -24,16 +24,17 @@ _RAW = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 def save(cache: Any, version: int, path: str | PathLike[str]) -> None:
     """Writes the file of `KVCache.save`."""
-    cache.reserve(0)  # raises where a pass that failed has lost tokens
-    used, at = np.unique(cache.table[cache.table >= 0], return_inverse=True)
-    table = cache.table.copy()
-    table[table >= 0] = at
+    cache.check_whole()
     pages = cache.lengths // PAGE
+    table = cache.table[:, : pages.max()].copy()
+    table[np.arange(pages.max()) >= pages[:, None]] = -1  # what a pass under way is to fill
+    used, at = np.unique(table[table >= 0], return_inverse=True)
+    table[table >= 0] = at
     tensors: dict[str, tuple[str, np.ndarray]] = {
         "lengths": ("I64", cache.lengths),
         "raw_from": ("I64", np.minimum(cache.raw_from, np.maximum(pages, 1))),
         "kept_from": ("I64", cache.kept_from),
-        "table": ("I32", table[:, : pages.max()]),
+        "table": ("I32", table),
     }
     for name in ("vectors", "scales"):
         if (value := getattr(cache, name)) is not None:

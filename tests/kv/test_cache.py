@@ -337,6 +337,15 @@ def test_files_bring_everything_back(n, options, tmp_path):
         KVCache.load(path, tokens=n - 1 or None) if n > 1 else new(tokens=0)
 
 
+def test_a_file_of_a_pass_under_way_has_only_what_is_there(tmp_path):
+    cache, _ = plain(tokens(190))
+    cache.reserve(10)
+    cache.save(tmp_path / "cache")
+    assert contents(KVCache.load(tmp_path / "cache")) == contents(cache)
+    cache.advance()  # saving is no part of the pass
+    assert cache.lengths.tolist() == [200]
+
+
 def test_vectors_and_scales_are_kept_and_checked(tmp_path):
     random = np.random.default_rng(0)
     vectors = np.float32(random.uniform(0.5, 2, (LAYERS, 4, HEADS, D)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -12,12 +14,12 @@ from recorded import checkpoint  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import hadamoe  # noqa: E402
-from hadamoe import ops, torch_run  # noqa: E402
+from hadamoe import kv_file, ops, torch_run  # noqa: E402
 from hadamoe.errors import ContractError, UnsupportedError  # noqa: E402
 from hadamoe.kv import PRESETS  # noqa: E402
 from hadamoe.kv_cache import KVCache  # noqa: E402
 from hadamoe.torch_decode import Decoder, prefix_cache, text_model  # noqa: E402
-from hadamoe.torch_kv import KVChoice, PagedLayer, QuantizedCache  # noqa: E402
+from hadamoe.torch_kv import KVChoice, PagedLayer, QuantizedCache, decoded  # noqa: E402
 
 NAME = "stdlib_configi"
 PROMPT = "class Node:\n    def __init__(self"
@@ -390,3 +392,36 @@ def test_a_saved_cache_goes_on(quantized, tmp_path):
 
 def test_every_preset_has_its_bound():
     assert KL.keys() == PRESETS.keys()
+
+
+def test_fp8_takes_the_scales_of_the_checkpoint(tmp_path):
+    """Of scales per head the largest; unusable ones count as 1."""
+    path = tmp_path / "scaled"
+    shutil.copytree(checkpoint("w4a16_tiny"), path)
+    (path / "model.safetensors.index.json").unlink()
+    at = "model.language_model.layers."
+    numbers = {
+        "1.self_attn.k_scale": [0.5], "3.self_attn.k_scale": [[[0.25]], [[2]]],
+        "1.self_attn.v_scale": [-1], "3.self_attn.v_scale": [0.125],
+    }  # fmt: skip
+    kv_file._write(
+        path / "scales.safetensors", {},
+        {at + name: ("F32", np.array(value, np.float32)) for name, value in numbers.items()},
+    )  # fmt: skip
+    model, _ = hadamoe.load(path, kv="fp8")
+    plain, _ = hadamoe.load(checkpoint("w4a16_tiny"), kv="fp8")
+    want = [[0.5, 1], [2, 0.125]]
+    np.testing.assert_array_equal(model.kv_choice.scales, want)
+    assert plain.kv_choice.scales is None
+    caches = [Decoder(m, 200) for m in (model, plain)]
+    caches.append(Decoder(plain, 200, kv="fp8"))
+    ids = torch.randint(0, 256, (1, 200), generator=torch.Generator().manual_seed(0))
+    for decoder in caches:
+        decoder.feed(ids)
+    np.testing.assert_array_equal(caches[0].cache.layer(1).scales, want[1])
+    np.testing.assert_array_equal(Decoder(model, 9, kv="fp8").cache.scales, want)
+    codes = [c.cache.layer(1).key_pages[c.cache.table[0, 1]] for c in caches]
+    np.testing.assert_array_equal(codes[1], codes[2])
+    assert (codes[0] != codes[1]).any()
+    keys = [decoded(c.cache, 1, 0, c.cache.lengths, 200) for c in caches[:2]]
+    np.testing.assert_allclose(keys[0], keys[1], rtol=0.15, atol=0.1)
