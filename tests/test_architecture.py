@@ -41,7 +41,7 @@ LAYERS = [
     {"ops", "torch_ops", "mlx_ops", "kv_pool", "kv_file"},
     {"kv_cache", "mlx_kv"},
     {"kv_prefix", "torch_kv", "mlx_cache"},
-    {"torch_layers", "mlx_layers", "verify", "inspect", "synth"},
+    {"torch_layers", "mlx_layers", "mlx_static", "verify", "inspect", "synth"},
     {"torch_blocks"},
     {"torch_decode"},
     {"torch_model", "mlx_model"},

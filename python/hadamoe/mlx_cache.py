@@ -55,13 +55,13 @@ def make_prompt_cache(model: Any, kv: str | Sequence[str] = "hk4v3") -> list[Any
     return caches
 
 
-class _Side:
+class Side:
     """Keys or values of a layer: page 0 and the newest pages as they came, full others as bytes.
 
     Attributes:
         first: ``[b, g, <= 64, d]``, page 0.
         pages: u8 ``[b, g, p, bytes]``: every full page but page 0.
-        newest: ``[b, g, n, d]``, the tokens from page ``kept`` on, which the cache counts.
+        newest: ``[b, g, n, d]``, the tokens from the cache's page ``kept`` on.
     """
 
     def __init__(self, codec: str, side: str, arrays: Sequence[mx.array]) -> None:
@@ -69,7 +69,7 @@ class _Side:
         self.first, self.pages, self.newest = arrays
 
     @classmethod
-    def empty(cls, codec: str, side: str, like: mx.array) -> _Side:
+    def empty(cls, codec: str, side: str, like: mx.array) -> Side:
         b, g, _, d = like.shape
         none = mx.zeros((b, g, 0, d), like.dtype)
         return cls(codec, side, [none, mx.zeros((b, g, 0, page_bytes(codec, d)), mx.uint8), none])
@@ -124,6 +124,11 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
     Sequences of one batch are equally long; mlx-lm's batched generation uses `HadamoeBatchKVCache`.
     NaN is not refused: it is read back as NaN.
 
+    Attributes:
+        offset: tokens stored.
+        kept: lowest page but page 0 whose tokens are there as they came.
+        sides: keys and values; nothing before the first token.
+
     Args:
         form: codecs of keys and values.
 
@@ -135,8 +140,8 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         refuse(form)
         self.format = form
         self.offset = 0
-        self._kept = 1  # lowest page whose tokens are all (or will be) in `newest`
-        self._sides: list[_Side] = []
+        self.kept = 1
+        self.sides: list[Side] = []
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Stores keys and values ``[b, g, t, d]``.
@@ -144,14 +149,14 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         Raises:
             ContractError: a head dimension the codec cannot store.
         """
-        if not self._sides:
+        if not self.sides:
             likes = zip(self.format, ("key", "value"), (keys, values), strict=True)
-            self._sides = [_Side.empty(*like) for like in likes]
+            self.sides = [Side.empty(*like) for like in likes]
         end = self.offset + keys.shape[2]
-        keep = max(self._kept, end // PAGE - 1)
-        for side, x in zip(self._sides, (keys, values), strict=True):
-            side.append(x, self.offset, self._kept, keep)
-        self.offset, self._kept = end, keep
+        keep = max(self.kept, end // PAGE - 1)
+        for side, x in zip(self.sides, (keys, values), strict=True):
+            side.append(x, self.offset, self.kept, keep)
+        self.offset, self.kept = end, keep
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Stores keys and values ``[b, g, t, d]`` and returns all, ``[b, g, offset, d]`` each."""
@@ -166,20 +171,20 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
 
     def seen(self) -> list[list[mx.array]]:
         """`keys_and_values` in pieces ``[b, g, n, d]`` that lie one behind the other."""
-        return [side.seen(self.offset, self._kept) for side in self._sides] or [[], []]
+        return [side.seen(self.offset, self.kept) for side in self.sides] or [[], []]
 
     @property
     def state(self) -> tuple:
         """What `mlx_lm.models.cache.save_prompt_cache` writes."""
-        return (*self.format, self.offset, self._kept, [s.arrays for s in self._sides] or None)
+        return (*self.format, self.offset, self.kept, [s.arrays for s in self.sides] or None)
 
     @state.setter
     def state(self, v: Sequence[Any]) -> None:
-        key, value, self.offset, self._kept, arrays = v
+        key, value, self.offset, self.kept, arrays = v
         self.format = KVFormat(key, value)
         arrays = arrays or [None, None]
         parts = zip(self.format, ("key", "value"), arrays, strict=True)
-        self._sides = [_Side(*part) for part in parts if part[2] is not None]
+        self.sides = [Side(*part) for part in parts if part[2] is not None]
 
     def is_trimmable(self) -> bool:
         """True; `trim` refuses what it cannot do exactly."""
@@ -196,14 +201,14 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         n = min(self.offset, n)
         offset = self.offset - n
         page = max(1, offset // PAGE)
-        if offset > PAGE and offset % PAGE and page < self._kept:
+        if offset > PAGE and offset % PAGE and page < self.kept:
             raise ContractError(
                 f"trim: n={n} leaves {offset} of {self.offset} tokens, needs a multiple of {PAGE}, "
-                f"less than {PAGE}, or at least {self._kept * PAGE}"
+                f"less than {PAGE}, or at least {self.kept * PAGE}"
             )
-        for side in self._sides:
-            side.trim(offset, self._kept)
-        self.offset, self._kept = offset, min(self._kept, page)
+        for side in self.sides:
+            side.trim(offset, self.kept)
+        self.offset, self.kept = offset, min(self.kept, page)
         return n
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,12 +221,12 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
 
     def empty(self) -> bool:
         """Whether nothing was ever stored."""
-        return not self._sides
+        return not self.sides
 
     @property
     def nbytes(self) -> int:
         """Bytes held: page 0, codes, and up to 127 newest tokens."""
-        return sum(a.nbytes for side in self._sides for a in side.arrays)
+        return sum(a.nbytes for side in self.sides for a in side.arrays)
 
     @classmethod
     def merge(cls, caches: Sequence[HadamoeKVCache]) -> HadamoeBatchKVCache:

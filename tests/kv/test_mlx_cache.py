@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hadamoe import reference_kv
+from hadamoe import kv_ops, reference_kv
 from hadamoe.bf16 import from_bf16, to_bf16
 from hadamoe.errors import ContractError, UnsupportedError
 from hadamoe.kv import PAGE, KVFormat, page_bytes
@@ -77,6 +77,7 @@ def test_pages_have_the_kernels_bytes(codec, side, d):
     x[2, 8] *= 1e6  # scales end at 65504
     pages = mlx_kv.kv_encode(mx.array(x), codec, side=side)
     assert pages.shape == (4, page_bytes(codec, d))
+    np.testing.assert_array_equal(pages, kv_ops.kv_encode(x, codec, side=side))
     np.testing.assert_array_equal(pages, reference_kv.kv_encode(x, codec, side=side))
     decoded = mlx_kv.kv_decode(pages, codec, d, side=side)
     expected = reference_kv.kv_decode(np.array(pages), codec, d, side=side)
@@ -243,12 +244,10 @@ def test_steps_are_compiled():
 
 
 @pytest.fixture(scope="module")
-def model():
-    import recorded
-
-    model, tokenizer = mlx_lm.load(str(recorded.checkpoint("stdlib_bf16")))
+def model(checkpoint):
+    model, tokenizer = mlx_lm.load(str(checkpoint("stdlib_bf16")))
     model.set_dtype(mx.float32)  # the CPU has no bf16 mixture of experts
-    heldout = (recorded.checkpoint("stdlib_bf16") / "heldout.txt").read_text()
+    heldout = (checkpoint("stdlib_bf16") / "heldout.txt").read_text()
     return SimpleNamespace(model=model, tokenizer=tokenizer, text=heldout)
 
 
