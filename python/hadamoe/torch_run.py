@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .errors import ContractError
+from .errors import ContractError, UnsupportedError
+from .kv_prefix import PrefixCache
 from .torch_decode import BY_LENGTH, Decoder
 from .torch_kv import kept
 
@@ -151,6 +152,7 @@ def stream(
     seed: int | None = None,
     chat: bool = False,
     stop: bool = True,
+    prefix: PrefixCache | None = None,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Generation:
     """Generate from a prompt, handing text on as it appears.
@@ -160,6 +162,8 @@ def stream(
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling; None leaves the global generator alone.
         stop: False ignores the end-of-text token, for measurements.
+        prefix: of `torch_decode.prefix_cache`: a prompt that begins as an earlier one, or as its
+            answer, goes on from there with the same bits, and is remembered itself.
 
     Raises:
         ContractError: a prompt that cannot be encoded, options out of range, or more tokens than
@@ -182,10 +186,12 @@ def stream(
         streamer = _Streamer(decode, on_text, result, time.perf_counter())
         if _ours(model, ids):
             pick = _Pick(model.generation_config.top_k, temperature, top_p)
-            decoder = Decoder(model, ids.shape[1] + max_tokens)
+            decoder = Decoder(model, ids.shape[1] + max_tokens, prefix=prefix)
             _stream_natively(decoder, model, ids, max_tokens, pick, stop, streamer)
             result.kv, result.token_bytes, result.kv_bytes = decoder.kept()
             return result
+        if prefix is not None:
+            raise UnsupportedError("run: a prefix cache needs one sequence and plain sampling")
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": top_p}
@@ -259,13 +265,15 @@ def _stream_natively(
     eos = model.generation_config.eos_token_id if stop else None
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     streamer.put(ids)
-    token = pick(decoder, decoder.feed(ids))
+    token = pick(decoder, decoder.prompt(ids))
     one = torch.empty(1, 1, dtype=torch.int64)
     for left in range(count - 1, -1, -1):
         streamer.put(one.fill_(token))
         if token in ends or not left:
             break
         token = pick(decoder, decoder.feed(one))
+    if decoder.prefix is not None:
+        decoder.remember()
     streamer.end()
 
 

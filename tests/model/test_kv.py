@@ -376,6 +376,27 @@ def test_turns_go_on_from_each_other(quantized, monkeypatch):
     assert torch.equal(second.prompt(text(400)), cold.prompt(text(400)))
 
 
+def test_a_stream_goes_on_from_an_earlier_one(quantized):
+    model = quantized("hk4v3")
+    prefix = prefix_cache(model, 1 << 30)
+    _, tokenizer = hadamoe.load(checkpoint(NAME))
+    question = text(200)
+    first = torch_run.stream(model, tokenizer, question, max_tokens=30, stop=False, prefix=prefix)
+    answer = torch.tensor([list(first.text.encode())])
+    turn = torch.cat([question, answer, text(40, 5)], 1)
+    assert prefix.find(turn[0].numpy()).length == 200 + 29  # the last token was never fed
+    second = torch_run.stream(model, tokenizer, turn, max_tokens=30, stop=False, prefix=prefix)
+    plain = torch_run.stream(model, tokenizer, turn, max_tokens=30, stop=False)
+    assert second.text == plain.text
+    assert second.prompt_tokens == turn.shape[1]
+    model.generation_config.min_p = 0.1
+    try:
+        with pytest.raises(UnsupportedError, match="prefix cache needs one sequence and plain"):
+            torch_run.stream(model, tokenizer, turn, prefix=prefix)
+    finally:
+        model.generation_config.min_p = None
+
+
 def test_a_saved_cache_goes_on(quantized, tmp_path):
     model = quantized("hk4v2")
     one = Decoder(model, 300)
