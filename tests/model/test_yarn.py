@@ -157,3 +157,19 @@ def test_more_tokens_than_positions_are_refused(far, load):
     with pytest.raises(ContractError, match="the model has 1048576; rope='yarn:257'"):
         torch_run.stream(far, None, ids[:, :1], max_tokens=REACH + 1)
     assert torch_run.generate(model, ids[:, -4:], 2).new_tokens == 2
+
+
+def test_quantized_pages_hold_keys_of_far_positions(checkpoint, far):
+    """Positions are in the keys before they are stored: 8 bits of far ones are as good as near."""
+    loaded, _ = hadamoe.load(checkpoint(TINY), dtype="float32", rope=f"yarn:{FACTOR}", kv="hk8v8")
+    ids = torch.randint(0, 256, (1, 330), generator=torch.Generator().manual_seed(3))
+    typical = []
+    for begin in (0, REACH - 330):
+        positions = torch.arange(begin, begin + 330)[None]
+        with torch.no_grad():
+            got, want = (m(input_ids=ids, position_ids=positions).logits for m in (loaded, far))
+        error = (got - want).abs().amax((0, 2))
+        assert error[:128].max() < 2e-5  # nothing is coded yet
+        typical.append(error[128:].median().item())
+    near, away = typical
+    assert 1e-5 < away < 1.5 * near < 0.02
