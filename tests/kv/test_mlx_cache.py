@@ -132,6 +132,26 @@ def test_what_attention_is_given(count, form):
     assert not caches[0].empty()
 
 
+@pytest.mark.parametrize(("form", "most"), [(KVFormat("h8", "h8"), 0.01), (FORMAT, 0.05)])
+def test_beside_attention_on_codes(form, most):
+    """The kernels' cache has the same pages; they round the query too and correct stored values."""
+    count, (k, v) = 300, rows(300, shape=(1, G))
+    q = np.random.default_rng(5).standard_normal((1, 2 * G, count, D)).astype("f4")
+    raw = [np.zeros((1, G, 3, PAGE, D), np.float32) for _ in form]
+    pages = [np.zeros((5, G, page_bytes(c, D)), np.uint8) for c in form]
+    layer = kv_ops.KVLayer(form, *raw, *pages, np.arange(5, dtype=np.int32)[None])
+    y = kv_ops.kv_attend(*(np.ascontiguousarray(a.swapaxes(1, 2)) for a in (q, k, v)), layer, [0])
+    cache = HadamoeKVCache(form)
+    for i in range(count):
+        given = cache.update_and_fetch(*(mx.array(a[:, :, i : i + 1]) for a in (k, v)))
+        token = mx.array(q[:, :, i : i + 1])
+        z = mx.fast.scaled_dot_product_attention(token, *given, scale=D**-0.5, mask=None)
+        error = np.linalg.norm(y[:, i] - np.array(z)[:, :, 0]) / np.linalg.norm(y[:, i])
+        assert error < (most if i >= 2 * PAGE else 1e-5), i
+    for side, stored in zip(cache.sides, pages, strict=True):
+        np.testing.assert_array_equal(np.array(side.pages)[0].swapaxes(0, 1), stored[1:4])
+
+
 @pytest.mark.parametrize("count", LENGTHS)
 def test_bytes(count):
     cache, _ = fed(rows(count).astype("f2"), [count])
