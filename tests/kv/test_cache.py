@@ -244,7 +244,11 @@ def test_a_window_forgets_what_it_leaves_behind():
     with pytest.raises(ContractError, match="would leave 320 of 700 tokens of sequence"):
         cache.trim(380)
     cache.trim(600 + 36)  # page 1 sees no coded page
-    np.testing.assert_array_equal(feed(cache, x[:, :, :, 64:]), y[:, :, 64:])
+    np.testing.assert_array_equal(feed(cache, x[:, :, :, 64:400]), y[:, :, 64:400])
+    cache.trim(64)
+    np.testing.assert_array_equal(feed(cache, x[:, :, :, 336:]), y[:, :, 336:])
+    assert contents(cache) == contents(other)
+    assert sum(1 for _ in cache.places()) <= 3 + 2
     assert full.kept_from[0] == 1
 
 
@@ -283,6 +287,10 @@ def test_pages_grow_by_doubling():
         sizes.add(len(cache.pool.refs))
     assert sizes == {0, 16, 32, 64, 128}
     check_counts(cache)
+    x = tokens(40 * PAGE)
+    grown = new()
+    np.testing.assert_array_equal(feed(grown, x, [PAGE] * 40), plain(x, tokens=40 * PAGE)[1])
+    assert contents(grown) == contents(plain(x)[0])
 
 
 def test_numbers_that_are_not_finite_are_refused():
@@ -338,12 +346,17 @@ def test_files_bring_everything_back(n, options, tmp_path):
 
 
 def test_a_file_of_a_pass_under_way_has_only_what_is_there(tmp_path):
-    cache, _ = plain(tokens(190))
+    cache = new(batch=2)
+    cache.reserve([190, 300])
+    cache.advance()
     cache.reserve(10)
+    cache.reserve(10)  # once more, as after an error
+    check_counts(cache)
     cache.save(tmp_path / "cache")
-    assert contents(KVCache.load(tmp_path / "cache")) == contents(cache)
+    again = KVCache.load(tmp_path / "cache")
+    assert [contents(again, s) for s in (0, 1)] == [contents(cache, s) for s in (0, 1)]
     cache.advance()  # saving is no part of the pass
-    assert cache.lengths.tolist() == [200]
+    assert cache.lengths.tolist() == [200, 310]
 
 
 def test_vectors_and_scales_are_kept_and_checked(tmp_path):
