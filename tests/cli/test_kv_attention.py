@@ -31,4 +31,4 @@ def test_attention_of_every_cache_is_the_same_attention(tmp_path):
     assert len(found) == 9 * 2 + 8
     for (_, name), r in found.items():
         assert r["error"] <= most.get(name, 1e-2 if name.startswith("sdpa") else 0.4), name
-        assert min(r["rounds ms"]) > 0
+        assert 0 < r["ms"] <= r["median ms"]
