@@ -147,9 +147,7 @@ inline void soften(float* s, const uint8_t* mask, int64_t seen, int64_t n, float
   for (int64_t j = seen; j < n; ++j) s[j] = none;
   Vec top = splat(none);
   for (int64_t j = 0; j < n; j += kLanes) top = max_(top, load(s + j));
-  float lane[kLanes], m = none;
-  store(lane, top);
-  for (int i = 0; i < kLanes; ++i) m = lane[i] > m ? lane[i] : m;
+  const float m = max_of(top);
   *most = m;
   *total = 0;
   if (m == none) {

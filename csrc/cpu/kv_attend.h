@@ -196,27 +196,24 @@ inline float page_weights(const float* p, const float* scale, int8_t* x, float* 
     top = max_(top, x);
     squares = fma(x, x, squares);
   }
-  float lane[kLanes], most = 0;
-  store(lane, top);
-  for (float x : lane) most = x > most ? x : most;
+  const float most = max_of(top);
   *noise += sum(squares);
   const float by = most > 1e-30f ? kWeightMost / most : 0;
   int8_t high[HM_KV_PAGE], low[HM_KV_PAGE];
-  int32_t sum_high = 0, sum_low = 0;
+  int32_t sums = 0;  // of high in the upper half, of low in the lower: both below 2^14
   for (int t = 0; t < HM_KV_PAGE; ++t) {
     const float v = w[t] * by + 0.5f;
     const int32_t n = int32_t(v < kWeightMost ? v : kWeightMost);
     high[t] = int8_t(n >> 7);
     low[t] = int8_t(n & 127);
-    sum_high += n >> 7;
-    sum_low += n & 127;
+    sums += (n >> 7 << 16) + (n & 127);
   }
   for (int t = 0; t < HM_KV_PAGE; t += 4) {
     memcpy(x + t * 2 * kSumRows, high + t, 4);
     memcpy(x + t * 2 * kSumRows + 4, low + t, 4);
   }
-  start[0] = -kLevelOffset * sum_high;
-  start[kRunPages] = -kLevelOffset * sum_low;
+  start[0] = -kLevelOffset * (sums >> 16);
+  start[kRunPages] = -kLevelOffset * (sums & 0xffff);
   return most > 1e-30f ? most / kWeightMost : 0;
 }
 

@@ -2,7 +2,7 @@
 //
 //   Vec, kLanes                       zero() splat(f) load(p) store(p, v) load_n(p, n) store_n(p, v, n)
 //   add sub mul fma(a, b, c)=a*b+c    sum(v)   (one fixed order of additions)
-//   max_(a, b)                        sums(v)  lane i: the sum of v[i], i < kLanes; its own fixed order
+//   max_(a, b) max_of(v)              sums(v)  lane i: the sum of v[i], i < kLanes; its own fixed order
 //   swap_lanes<H>(v)                  lane i takes lane i ^ H (H < kLanes, a power of two)
 //   load_bf16(p) load_f16(p)          kLanes 16-bit numbers to f32; store_bf16, store_f16 round to even
 //   lookup16(table, codes)            table[code] for kLanes u8 codes < 16, f32[16] table
@@ -56,6 +56,17 @@ inline Vec exp_(Vec x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = add(fma(mul(p, r), r, r), splat(1.0f));
   return scale_pow2(p, n, x);  // flushes below -87.3, saturates above 88.7, keeps NaN
+}
+
+// The largest lane.
+inline float max_of(Vec v) {
+  if constexpr (kLanes > 8) v = max_(v, swap_lanes<8>(v));
+  if constexpr (kLanes > 4) v = max_(v, swap_lanes<4>(v));
+  v = max_(v, swap_lanes<2>(v));
+  v = max_(v, swap_lanes<1>(v));
+  float lane[kLanes];
+  store(lane, v);
+  return lane[0];
 }
 
 inline Vec sigmoid(Vec x) { return div(splat(1.0f), add(splat(1.0f), exp_(sub(zero(), x)))); }

@@ -37,7 +37,6 @@ inline Vec sums(const Vec* v) {
   const Vec d = add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xDD));
   return add(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xDD));
 }
-inline float max_of(Vec v) { return _mm512_reduce_max_ps(v); }
 inline Vec round_(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_pow2(Vec p, Vec n, Vec x) {
   Vec y = _mm512_scalef_ps(p, n);
