@@ -22,3 +22,11 @@ def load(checkpoint):
 
     torch.set_num_threads(1)  # for models this small its threads only wait in each other's way
     return lambda name, dtype="float32": _load(checkpoint(name), dtype)
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint):
+    """quantized(kv): the model of `kv_support` loaded with a preset."""
+    import hadamoe
+
+    return lambda kv: hadamoe.load(checkpoint("stdlib_configi"), dtype="bfloat16", kv=kv)[0]
