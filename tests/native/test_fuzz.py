@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hadamoe import ops
 from hadamoe.errors import ContractError
+from hadamoe.kv import CODECS, page_bytes
 from hadamoe.verify import samples
 
 from .conftest import start
@@ -199,3 +200,64 @@ def test_blocks(sanitized, changes, first):
     inputs = [x, None, norm, *none, *vectors, *tables[4:], *roles[0].buffers]
     for ints in ([1, 2, 8, 8, *first[1:]], [1, 2, 8, 8, -1, -1, 0]):
         attempt(sanitized, "gated_delta_block", inputs, [y, *states], ints, [1e-6])
+
+
+@FUZZ
+@given(
+    codecs=st.tuples(st.integers(-1, 14), st.integers(-1, 14)),
+    lengths=st.tuples(NUMBERS, NUMBERS) | st.tuples(*[st.integers(0, 300)] * 2),
+    counts=st.tuples(NUMBERS, NUMBERS) | st.tuples(*[st.integers(0, 5)] * 2),
+    table=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 4), max_size=12),
+    window=NUMBERS,
+    given_=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    d=st.sampled_from([0, 32, 64, 96]),
+    cut=st.integers(0, 40),
+)
+def test_kv_attend(sanitized, codecs, lengths, counts, table, window, given_, d, cut):
+    """Tables and lengths of anything: pages outside, tokens before the first, unknown codecs."""
+    b, t, h, g, pages = 2, 5, 4, 2, 4
+    names = dict(enumerate(CODECS))
+
+    def page(codec: int) -> int:
+        try:
+            return page_bytes(names.get(codec, "bf16"), d)
+        except ContractError:
+            return 64
+
+    asks, gives, has_vectors = given_
+    q, y = ([np.ones((b, t, h, d), np.float32)] * 2) if asks else (None, None)
+    k, v = ([np.ones((b, t, g, d), np.float32)] * 2) if gives else (None, None)
+    numbers = [np.array(n, np.int64) for n in (lengths, counts)]
+    places = np.array(table[: len(table) // b * b], np.int32).reshape(b, -1)
+    vectors = np.ones((4, g, d), np.float32) if has_vectors else None
+    inputs = [q, k, v, *numbers, places, *[np.ones(d, np.float32)] * 2, vectors, None]
+    raw = [np.ones((b, g, 3, 64, d), np.float32) for _ in range(2)]
+    kept = [np.ones((pages, g, max(page(c) - (cut > 38), 0)), np.uint8) for c in codecs]
+    attempt(sanitized, "kv_attend", inputs, [y, *raw, *kept], [*codecs, window])
+    attempt(sanitized, "kv_attend", inputs, [y, *raw, *kept], [*codecs, 0])
+
+
+@FUZZ
+@given(
+    codec=st.integers(-1, 14),
+    side=st.integers(-1, 2),
+    sizes=st.tuples(st.integers(0, 2), st.integers(63, 64), st.sampled_from([0, 31, 32, 64, 128])),
+    extra=st.integers(-1, 1),
+    byte=st.integers(0, 255),
+)
+def test_kv_codecs(sanitized, codec, side, sizes, extra, byte):
+    """Pages of any bytes are numbers; a wrong size is refused."""
+    p, _, d = sizes
+    try:
+        size = page_bytes(dict(enumerate(CODECS)).get(codec, "bf16"), d)
+    except ContractError:
+        size = 64
+    rows, pages = np.ones(sizes, np.float32), np.full((p, max(size + extra, 0)), byte, np.uint8)
+    vectors = [np.ones(d, np.float32), None, None]
+    scale = np.ones(1, np.float32)
+    attempt(sanitized, "kv_encode", [rows, *vectors, scale], [pages], [codec, side])
+    pages[:] = byte
+    attempt(sanitized, "kv_decode", [pages, *vectors, scale], [rows], [codec, side])
+    q, q8, unit = np.ones((3, d), np.float32), np.ones((3, d), np.int8), np.ones(3, np.float32)
+    outputs = [q8, unit, np.ones((3, p * 64), np.int32)]
+    attempt(sanitized, "kv_scores", [q, pages, *vectors], outputs, [codec])
