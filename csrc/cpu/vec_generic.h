@@ -9,7 +9,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 
 template <class F>
 inline Vec each(F f) {
-  Vec v;
+  Vec v{};
   for (int i = 0; i < kLanes; ++i) v[i] = f(i);
   return v;
 }
