@@ -228,11 +228,8 @@ class KvCall {
       p.noise = nullptr;
       return p;
     };
-    int8_t* weights = scratch.take<int8_t>(rows * 2 * kRunKeys);
-    int32_t* start = scratch.take<int32_t>(rows * 2 * kRunPages);
-    std::fill_n(weights, rows * 2 * kRunKeys, int8_t{0});  // rows up to kSumRows that nobody asks for are multiplied too
-    std::fill_n(start, rows * 2 * kRunPages, 0);
-    return {scratch.floats(rows * kRunKeys), weights, scratch.floats(rows * kRunPages), start,
+    return {scratch.floats(rows * kRunKeys), scratch.take<int8_t>(rows * 2 * kRunKeys),
+            scratch.floats(rows * kRunPages), scratch.take<int32_t>(rows * 2 * kRunPages),
             scratch.floats(kRunKeys), scratch.floats(kRunKeys), copy,
             {scratch.floats(rows * kBlockKeys), copy, plain(), plain()},
             part(scratch, rows), part(scratch, rows)};

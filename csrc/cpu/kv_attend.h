@@ -19,6 +19,8 @@ namespace {
 // Integer sums kept in registers: rows times blocks of 16 tokens; high and low halves of rows.
 #if HM_ISA_AVX512
 constexpr int kScoreSums = 8, kScoreBlocks = 2, kValueSums = 16;
+#elif HM_ISA_GENERIC
+constexpr int kScoreSums = 8, kScoreBlocks = 1, kValueSums = 16;  // too many, but looking levels up costs more
 #else
 constexpr int kScoreSums = 4, kScoreBlocks = 1, kValueSums = 4;
 #endif

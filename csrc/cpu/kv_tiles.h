@@ -112,53 +112,43 @@ inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
   return vaddq_s32(s, vpaddq_s32(low, high));
 }
 #else
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef int32_t HalfSums __attribute__((vector_size(16)));
 struct Half {
-  uint8_t v[16];
+  Bytes v;
 };
 constexpr int kHalfBytes = 16;
-template <class F>
-inline Half half_each(F f) {
+inline Half half_load(const uint8_t* p) {
   Half h;
-  for (int i = 0; i < kHalfBytes; ++i) h.v[i] = uint8_t(f(i));
+  memcpy(&h.v, p, sizeof h.v);
   return h;
 }
-inline Half half_load(const uint8_t* p) {
-  return half_each([&](int i) { return p[i]; });
-}
-inline Half half_plain(Half h) {
-  return half_each([&](int i) { return h.v[i] ^ 128; });
-}
-inline Half half_shift(Half h, int s) {
-  return half_each([&](int i) { return s >= 0 ? h.v[i] >> s : h.v[i] << -s; });
-}
+inline Half half_plain(Half h) { return {h.v ^ 128}; }
+inline Half half_shift(Half h, int s) { return {s >= 0 ? h.v >> s : h.v << -s}; }
 inline Half half_look_up(Half t, Half c) {
-  return half_each([&](int i) { return t.v[c.v[i] & 15]; });
+  uint8_t table[kHalfBytes], code[kHalfBytes];
+  memcpy(table, &t.v, sizeof table);
+  memcpy(code, &c.v, sizeof code);
+  for (uint8_t& x : code) x = table[x & 15];
+  return half_load(code);
 }
-inline Half half_low_two(Half low, Half rest) {
-  return half_each([&](int i) { return (low.v[i] & 3) | (rest.v[i] & ~3); });
-}
-struct HalfSums {
-  int32_t v[4];
-};
-inline HalfSums half_splat(int32_t s) { return {{s, s, s, s}}; }
-inline void half_store(int32_t* p, HalfSums s) { memcpy(p, s.v, sizeof s.v); }
+inline Half half_low_two(Half low, Half rest) { return {(low.v & 3) | (rest.v & 252)}; }
+inline HalfSums half_splat(int32_t s) { return HalfSums{s, s, s, s}; }
+inline void half_store(int32_t* p, HalfSums s) { memcpy(p, &s, sizeof s); }
 inline void half_floats(float* p, HalfSums s) {
-  for (int l = 0; l < 4; ++l) p[l] = float(s.v[l]);
+  for (int l = 0; l < 4; ++l) p[l] = float(s[l]);
 }
-inline HalfSums half_joined(HalfSums high, HalfSums low) {
-  for (int l = 0; l < 4; ++l) low.v[l] += high.v[l] * 128;
-  return low;
-}
+inline HalfSums half_joined(HalfSums high, HalfSums low) { return high * 128 + low; }
+// Even and odd terms as 16 bits: two products stay below 2 * 127 * 127 < 2^15.
 inline HalfSums half_dot(HalfSums s, Half h, int32_t word) {
-  int8_t x[4];
-  memcpy(x, &word, 4);
-  for (int l = 0; l < 4; ++l)
-    for (int i = 0; i < 4; ++i) s.v[l] += int8_t(h.v[4 * l + i]) * x[i];
-  return s;
+  const Shorts c = Shorts(h.v), x = Shorts(half_splat(word));
+  const HalfSums p = HalfSums(((c << 8) >> 8) * ((x << 8) >> 8) + (c >> 8) * (x >> 8));
+  return s + ((p << 16) >> 16) + (p >> 16);
 }
 #endif
 // A quad of 64 bytes as several registers.
-constexpr int kHalves = 64 / kHalfBytes, kLevelOffset = 0;
+constexpr int kHalves = 64 / kHalfBytes, kLevelOffset = 0;  // levels as they are
 struct LaneSums {
   HalfSums v[kHalves];
 };
