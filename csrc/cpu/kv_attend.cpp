@@ -144,7 +144,7 @@ class KvCall {
     }
   }
 
-  // Nothing is kept of a call with a number that is not finite.
+  // Nothing is kept of a chunk with a number that is not finite, or of any after it.
   void check_finite() {
     const AttentionTask& a = t_.raw;
     std::atomic<int> bad{0};
