@@ -238,6 +238,8 @@ inline void coded_weights(const KvTask& t, const KvTile& q, const KvPages& pages
                                      t.value.unit;
     }
   }
+  const int64_t whole = (q.rows + kSumRows - 1) / kSumRows * kSumRows;  // rows behind the last are summed, not used
+  memset(work.start + 2 * q.rows * kRunPages, 0, size_t(2 * (whole - q.rows) * kRunPages) * sizeof(int32_t));
 }
 
 // 16 columns of kValueSums / 2 rows over all pages of a run.
