@@ -113,6 +113,23 @@ void kv_query(const KvTask& t, int64_t begin, int64_t end) {
   }
 }
 
+// Bytes to be in cache soon, a share of them at each call of next(). Values are read 16 columns of all pages at a
+// time and pages lie anywhere, which no processor foresees.
+struct Ahead {
+  const uint8_t* at[2] = {};
+  int64_t bytes[2] = {}, step[2] = {};
+  void share(int64_t shares) {
+    for (int i = 0; i < 2; ++i) step[i] = (bytes[i] + shares * 64 - 1) / (shares * 64) * 64;
+  }
+  void next() {
+    for (int i = 0; i < 2; ++i) {
+      for (int64_t b = 0; b < step[i] && b < bytes[i]; b += 64) __builtin_prefetch(at[i] + b, 0, 2);
+      at[i] += step[i];
+      bytes[i] -= step[i];
+    }
+  }
+};
+
 // The pages of a run that a tile sees.
 struct KvPages {
   int64_t count = 0;
@@ -125,20 +142,26 @@ struct KvPages {
       value[count] = t.value_pages + at * t.value.page_bytes;
     }
   }
+  // What to fetch during the scores of page p: its values, and the next keys.
+  Ahead ahead(const KvTask& t, int64_t p) const {
+    const bool more = p + 1 < count;
+    return {{value[p], more ? key[p + 1] : nullptr}, {t.value.page_bytes, more ? t.key.page_bytes : 0}, {}};
+  }
 };
 
 // sink(first token of the page, row, sums) for kSumRows interleaved rows against one page.
 template <int B, class Sink>
 inline void page_scores(const uint8_t* page, int64_t d, const Quad& table, const int8_t* x, const int32_t* start,
-                        Sink&& sink) {
+                        Ahead ahead, Sink&& sink) {
   const int64_t block = d / kTileTerms * tile_bytes(B);
+  ahead.share(HM_KV_PAGE / (kScoreBlocks * kTileLanes) * (kSumRows / kScoreSums) * (d / kTileTerms));
   for (int64_t t = 0; t < HM_KV_PAGE; t += kScoreBlocks * kTileLanes)
     for (int r = 0; r < kSumRows; r += kScoreSums) {
       LaneSums s[kScoreBlocks * kScoreSums];
 #pragma GCC unroll 16
       for (int i = 0; i < kScoreBlocks * kScoreSums; ++i) s[i] = splat_sums(start[r + i % kScoreSums]);
       add_tiles<B, kScoreSums, kSumRows, kScoreBlocks>(page + t / kTileLanes * block, d / kTileTerms, block, table,
-                                                       x + 4 * r, s);
+                                                       x + 4 * r, s, [&] { ahead.next(); });
 #pragma GCC unroll 16
       for (int i = 0; i < kScoreBlocks * kScoreSums; ++i)
         sink(t + i / kScoreSums * kTileLanes, r + i % kScoreSums, s[i]);
@@ -157,7 +180,7 @@ void integer_scores(const KvTask& t, const KvTile& q, const KvPages& pages, cons
     for (int i = 0; i < kSumRows; ++i) start[i] = query[i].start;
     for (int64_t p = 0; p < pages.count; ++p) {
       const float* scale = work.key_scale + p * HM_KV_PAGE;
-      page_scores<B>(pages.key[p], d, table, x, start, [&](int64_t token, int i, const LaneSums& sums) {
+      page_scores<B>(pages.key[p], d, table, x, start, r ? Ahead{} : pages.ahead(t, p), [&](int64_t token, int i, const LaneSums& sums) {
         float* out = work.scores + (r + i) * kRunKeys + p * HM_KV_PAGE + token;
         alignas(64) float s[kTileLanes];
         store_floats(s, sums);
@@ -253,7 +276,7 @@ inline void tile_values(const KvPages& pages, int64_t column, const Quad& table,
 #pragma GCC unroll 16
     for (int i = 0; i < kValueSums; ++i) s[i] = splat_sums(start[i * kRunPages + p]);
     add_tiles<B, kValueSums, 2 * kSumRows, 1>(pages.value[p] + at, HM_KV_PAGE / kTileTerms, 0, table,
-                                              weights + p * HM_KV_PAGE * 2 * kSumRows, s);
+                                              weights + p * HM_KV_PAGE * 2 * kSumRows, s, [] {});
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       alignas(64) float x[kTileLanes];
@@ -346,7 +369,7 @@ template <int B>
 inline void all_scores(const KvScoresTask& t, int64_t rows, const int8_t* x, const int32_t* start, int32_t* out) {
   const Quad table = level_table<B>();
   for (int64_t p = 0; p < t.count; ++p)
-    page_scores<B>(t.pages + p * t.side.page_bytes, t.side.d, table, x, start,
+    page_scores<B>(t.pages + p * t.side.page_bytes, t.side.d, table, x, start, Ahead{},
                    [&](int64_t token, int i, const LaneSums& sums) {
                      if (i < rows) store_sums(out + (i * t.count + p) * HM_KV_PAGE + token, sums);
                    });

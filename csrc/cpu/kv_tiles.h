@@ -233,12 +233,14 @@ inline void add_quads(const uint8_t* tile, int64_t apart, const Quad& table, con
   }
 }
 
-// The same for `count` tiles side by side.
-template <int B, int R, int G, int N>
+// The same for `count` tiles side by side; each(), before every one.
+template <int B, int R, int G, int N, class Each>
 inline void add_tiles(const uint8_t* tiles, int64_t count, int64_t apart, const Quad& table, const int8_t* x,
-                      LaneSums (&s)[N * R]) {
-  for (int64_t i = 0; i < count; ++i)
+                      LaneSums (&s)[N * R], Each&& each) {
+  for (int64_t i = 0; i < count; ++i) {
+    each();
     add_quads<B, R, G, N>(tiles + i * tile_bytes(B), apart, table, x + i * kTileTerms * G, s);
+  }
 }
 
 // Rows of n bytes, `stride` apart, to x[n / 4][group][4]; rows from `rows` on become zeros.
