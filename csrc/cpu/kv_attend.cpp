@@ -46,7 +46,8 @@ class KvCall {
     place(tokens, first, count);
   }
 
-  void run() {
+  // Queries, and the rows of the pages that are touched; fails where a number is not finite, and has written nothing.
+  void prepare() {
     const Kernels& kernel = kernels();
     AttentionTask& a = t_.raw;
     const int64_t rows = a.batch * a.tokens * a.heads;
@@ -56,11 +57,15 @@ class KvCall {
       source_ == KvSource::kProjected ? kernel.attention_prepare(a, begin, end) : kernel.kv_take(t_, begin, end);
     });
     check_finite();
+  }
+
+  void run() {
+    prepare();
     if (source_ != KvSource::kCached) {
       seal();
       save_raw();
     }
-    if (a.y) attend();
+    if (t_.raw.y) attend();
   }
 
  private:
@@ -144,7 +149,6 @@ class KvCall {
     }
   }
 
-  // Nothing is kept of a chunk with a number that is not finite, or of any after it.
   void check_finite() {
     const AttentionTask& a = t_.raw;
     std::atomic<int> bad{0};
@@ -331,9 +335,11 @@ const char* op_kv_attend(const hm_args* args) {
     cache.check_tables(c, c['t'], gives);
     if (!a.batch || !c['t']) return;
     const int64_t tokens = c['t'], chunk = attention_chunk(a.batch, tokens);
+    const KvSource source = gives ? KvSource::kGiven : KvSource::kCached;
+    for (int64_t i = 0; i < tokens && tokens > chunk; i += chunk)  // all is checked before anything is written
+      KvCall(c, cache, task, source, tokens, i, std::min(chunk, tokens - i), false).prepare();
     for (int64_t i = 0; i < tokens; i += chunk)
-      run_kv_attention(c, cache, task, gives ? KvSource::kGiven : KvSource::kCached, tokens, i,
-                       std::min(chunk, tokens - i), false);
+      run_kv_attention(c, cache, task, source, tokens, i, std::min(chunk, tokens - i), false);
   });
 }
 

@@ -117,7 +117,8 @@ def kv_attention_block(
     y = _empty_like(x)
     signs_, tables, ints = weights.arguments(0)
     fixed = [norm, *signs_, q_norm, k_norm, *tables, *weights.buffers]
-    inputs = [x, cos, sin, lengths, counts, *layer.inputs, *fixed]
+    places = [np.ascontiguousarray(a, np.int64) for a in (lengths, counts)]
+    inputs = [x, cos, sin, *places, *layer.inputs, *fixed]
     outputs = [y, *layer.outputs]
     _cpu.call("kv_attention_block", inputs, outputs, [*layer.ints, *ints[1:]], [eps])
     return y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hadamoe import _cpu, kv_ops, ops, reference_kv
+from hadamoe import ContractError, _cpu, kv_ops, ops, reference_kv
 from hadamoe.kv import CODECS, KVFormat
 from hadamoe.verify import claims, kv_cases, kv_rounding
 from hadamoe.verify.kv_cases import Shape
@@ -348,3 +348,16 @@ def test_kv_attention_block_is_its_parts(isa):
     for case in kv_cases.block_cases():
         claims.check(case)
         claims.check_deterministic(case)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_refused_call_leaves_the_cache_alone(name):
+    """The number that is not finite comes after tokens that would be taken first."""
+    rng, shape = np.random.default_rng(5), Shape(4, 2, 32, (70,), 700)
+    layer = kv_cases.filled(rng, KVFormat("h4", "h3"), shape, 700)
+    arrays = dict(zip("qkv", kv_cases.tokens(rng, shape, 700), strict=True))
+    arrays[name][0, 650, 1, 3] = np.nan
+    after = reference_kv.copied(layer)
+    with pytest.raises(ContractError, match=f"{name} has a number that is not finite"):
+        kv_ops.kv_attend(*arrays.values(), after, [70])
+    assert untouched(layer, after)
