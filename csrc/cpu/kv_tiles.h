@@ -220,7 +220,7 @@ inline Quad tile_quad(const uint8_t* tile, const Quad& table) {
 // Rows of bytes lie interleaved by fours, x[quad][G rows][4]: one after the other, as they are loaded.
 // s[N b + r] += tile b times row r, for R rows and N tiles `apart` bytes from each other.
 template <int B, int R, int G, int N, int Q = 0>
-inline void add_quads(const uint8_t* tile, int64_t apart, const Quad& table, const int8_t* x, LaneSums (&s)[N * R]) {
+HM_INLINE void add_quads(const uint8_t* tile, int64_t apart, const Quad& table, const int8_t* x, LaneSums (&s)[N * R]) {
   if constexpr (Q < kQuads) {
     Quad q[N];
 #pragma GCC unroll 4
@@ -235,7 +235,7 @@ inline void add_quads(const uint8_t* tile, int64_t apart, const Quad& table, con
 
 // The same for `count` tiles side by side; each(), before every one.
 template <int B, int R, int G, int N, class Each>
-inline void add_tiles(const uint8_t* tiles, int64_t count, int64_t apart, const Quad& table, const int8_t* x,
+HM_INLINE void add_tiles(const uint8_t* tiles, int64_t count, int64_t apart, const Quad& table, const int8_t* x,
                       LaneSums (&s)[N * R], Each&& each) {
   for (int64_t i = 0; i < count; ++i) {
     each();

@@ -16,7 +16,6 @@
 namespace hm {
 namespace {
 
-#define HM_INLINE inline __attribute__((always_inline))
 // Arrays of vectors stay in registers only where every loop over them is unrolled.
 #define HM_UNROLL _Pragma("GCC unroll 16")
 

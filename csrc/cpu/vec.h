@@ -18,6 +18,9 @@
 
 #include "../core/numeric.h"
 
+// Accumulators handed on by reference stay in registers only where the call is inlined.
+#define HM_INLINE inline __attribute__((always_inline))
+
 #if HM_ISA_AVX512
 #include "vec_avx512.h"
 #elif HM_ISA_AVX2
