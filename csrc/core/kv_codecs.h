@@ -57,11 +57,23 @@ static inline bool hm_kv_affine(int codec) { return codec == hm_kv_affine4 || co
 static inline bool hm_kv_kivi(int codec) { return codec == hm_kv_kivi2 || codec == hm_kv_kivi4; }
 static inline bool hm_kv_rotated(int codec) { return codec >= hm_kv_h2 && codec <= hm_kv_turbo4; }
 
-// What a head's columns must be for a codec of other software, or nullptr where d is.
-static inline const char* kv_peer_refuses(int codec, int64_t d) {
+// Integer codebooks of 2, 3 and 4 bits: near Lloyd-Max's for a normal distribution times kappa, and the relative
+// square error they leave of one.
+struct hm_kv_levels {
+  int8_t level[16];
+  float kappa, error;
+};
+static const hm_kv_levels hm_kv_tables[3] = {
+    {{-90, -27, 27, 90}, 59.59375f, 0.117482f},
+    {{-88, -55, -31, -10, 10, 31, 55, 88}, 40.90625f, 0.034549f},
+    {{-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104}, 38.140625f, 0.009506f},
+};
+
+// What the columns of a head must be for a codec, or nullptr where d is. All of them: a multiple of 32.
+static inline const char* hm_kv_refuses(int codec, int64_t d) {
+  if (hm_kv_integer(codec) && (d & (d - 1)) != 0) return "a power of two";
   if (hm_kv_turbo(codec) && d != 64 && d != 128 && d != 256) return "64, 128 or 256, for which mlx-swift-lm has codebooks";
   if (hm_kv_affine(codec) && d % 64 != 0) return "a multiple of 64";
-  if (hm_kv_kivi(codec) && d % 32 != 0) return "a multiple of 32";
   return nullptr;
 }
 

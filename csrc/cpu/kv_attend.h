@@ -205,6 +205,9 @@ inline void coded_scores(const KvTask& t, const KvTile& q, const KvPages& pages,
   }
   const float* rows = (hm_kv_rotated(t.key.codec) ? t.turned : t.raw.q) + q.row * t.raw.width;
   for (int64_t p = 0; p < pages.count; ++p) {
+    Ahead ahead = pages.ahead(t, p);
+    ahead.share(1);
+    ahead.next();
     kv_peer_load(t.key, pages.key[p], HM_KV_PAGE, work.copy, t.raw.width);
     block_scores(rows, q.rows, work.copy, t.raw.width, HM_KV_PAGE, work.scores + p * HM_KV_PAGE, kRunKeys);
   }

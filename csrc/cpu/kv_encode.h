@@ -75,7 +75,7 @@ inline uint16_t kv_encode_row(const KvSide& s, const float* x, uint8_t* codes) {
     }
     return stored;
   }
-  const KvLevels& k = kv_levels(bits);
+  const hm_kv_levels& k = hm_kv_tables[bits - 2];
   const float n = sqrtf(lane_sum(t, s.d)), inverse = n > 0 ? 1 / n : 0;
   memset(codes, 0, size_t(s.d));
   for (int64_t i = 0; i < s.d; ++i) v[i] = v[i] * inverse * k.kappa;
@@ -141,7 +141,7 @@ inline void kv_load(const KvSide& s, const uint8_t* page, float* x, int64_t widt
   for (int64_t t = 0; t < HM_KV_PAGE; ++t)
     for (int64_t i = 0; i < width; ++i) {
       const uint8_t code = codes[t * s.d + (i < s.d ? i : 0)];
-      const int level = tiles.bits == 8 ? code - 128 : kv_levels(tiles.bits).level[code];
+      const int level = tiles.bits == 8 ? code - 128 : hm_kv_tables[tiles.bits - 2].level[code];
       x[t * width + i] = i < s.d ? float(level) * scale[t] : 0;
     }
 }

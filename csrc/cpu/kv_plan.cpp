@@ -7,7 +7,6 @@
 namespace hm {
 
 KvSide kv_side(const Contract& c, int64_t codec, bool values) {
-  static const float kappa[] = {59.59375f, 40.90625f, 38.140625f}, error[] = {0.117482f, 0.034549f, 0.009506f};
   c.require(codec >= 0 && codec < hm_kv_codecs, "codec",
             "is " + std::to_string(codec) + ", needs 0.." + std::to_string(hm_kv_codecs - 1));
   const int64_t d = c['d'];
@@ -19,12 +18,12 @@ KvSide kv_side(const Contract& c, int64_t codec, bool values) {
   s.unit = 1;
   c.require(d > 0 && d <= kMostHeadDim && d % 32 == 0, "d",
             "is " + std::to_string(d) + ", needs a multiple of 32 up to " + std::to_string(kMostHeadDim));
-  const char* refused = hm_kv_integer(s.codec) && (d & (d - 1)) ? "a power of two" : kv_peer_refuses(s.codec, d);
+  const char* refused = hm_kv_refuses(s.codec, d);
   c.require(!refused, "d", "is " + std::to_string(d) + ", the codec needs " + (refused ? refused : ""));
   if (hm_kv_integer(s.codec) && s.codec != hm_kv_h8) {
-    const int b = hm_kv_bits(s.codec) - 2;
-    s.unit = float(1 / sqrt(double(d))) / kappa[b];
-    s.noise = error[b] * (1 - error[b]);
+    const hm_kv_levels& k = hm_kv_tables[hm_kv_bits(s.codec) - 2];
+    s.unit = float(1 / sqrt(double(d))) / k.kappa;
+    s.noise = k.error * (1 - k.error);
   }
   s.page_bytes = hm_kv_page_bytes(s.codec, d);
   return s;

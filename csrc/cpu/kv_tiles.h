@@ -13,23 +13,6 @@ namespace {
 constexpr int kTileLanes = 16, kTileTerms = 32, kQuads = kTileTerms / 4;
 static inline int64_t tile_bytes(int bits) { return bits * 64; }
 
-// Levels of 2, 3 and 4 bits, near Lloyd-Max's for a normal distribution times kappa (specs in reference_kv.py).
-struct KvLevels {
-  int8_t level[16];
-  float kappa;
-  float noise;  // D (1 - D), D the relative square error
-};
-inline const KvLevels& kv_levels(int bits) {
-  static const KvLevels tables[3] = {
-      {{-90, -27, 27, 90}, 59.59375f, 0.117482f * (1 - 0.117482f)},
-      {{-88, -55, -31, -10, 10, 31, 55, 88}, 40.90625f, 0.034549f * (1 - 0.034549f)},
-      {{-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104},
-       38.140625f,
-       0.009506f * (1 - 0.009506f)},
-  };
-  return tables[bits - 2];
-}
-
 // 16 sums and 16 x 4 levels, byte i of lane l at 4 l + i. kLevelOffset is added to every level. joined(): high * 128 + low.
 #if HM_ISA_AVX512
 using LaneSums = __m512i;
@@ -49,13 +32,6 @@ inline Quad plain_levels(Quad q) { return q; }
 template <int S>
 inline Quad shifted(Quad q) {  // bits from other bytes come along
   return S >= 0 ? _mm512_srli_epi16(q, unsigned(S)) : _mm512_slli_epi16(q, unsigned(-S));
-}
-// Table of 2^B levels (8 bits need none), repeated through 64 entries: vpermb looks at 6 bits, whatever lies above a code.
-template <int B>
-inline Quad level_table() {
-  alignas(64) uint8_t t[64] = {};
-  for (int i = 0; i < 64 && B < 8; ++i) t[i] = uint8_t(kv_levels(B).level[i & ((1 << B) - 1)] + kLevelOffset);
-  return load_quad(t);
 }
 inline Quad look_up(Quad table, Quad codes) { return _mm512_permutexvar_epi8(codes, table); }
 inline Quad low_two(Quad low, Quad rest) {  // bits 0 and 1 of low, all others of rest
@@ -193,12 +169,6 @@ template <int S>
 inline Quad shifted(const Quad& q) {
   return each_half([&](int i) { return half_shift(q.v[i], S); });
 }
-template <int B>
-inline Quad level_table() {
-  uint8_t t[64] = {};
-  for (int i = 0; i < 64 && B < 8; ++i) t[i] = uint8_t(kv_levels(B).level[i & ((1 << B) - 1)]);
-  return load_quad(t);
-}
 inline Quad look_up(const Quad& table, const Quad& codes) {
   return each_half([&](int i) { return half_look_up(table.v[i], codes.v[i]); });
 }
@@ -206,6 +176,15 @@ inline Quad low_two(const Quad& low, const Quad& rest) {
   return each_half([&](int i) { return half_low_two(low.v[i], rest.v[i]); });
 }
 #endif
+
+// Table of 2^B levels (8 bits need none), repeated: whatever lies above a code is looked at in vain.
+template <int B>
+inline Quad level_table() {
+  alignas(64) uint8_t t[64] = {};
+  if constexpr (B < 8)
+    for (int i = 0; i < 64; ++i) t[i] = uint8_t(hm_kv_tables[B - 2].level[i & ((1 << B) - 1)] + kLevelOffset);
+  return load_quad(t);
+}
 
 // Levels of terms 4 Q .. 4 Q + 3 of a tile.
 template <int B, int Q>
