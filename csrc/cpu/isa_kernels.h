@@ -15,6 +15,7 @@
 #include "kv_peers.h"
 #include "kv_encode.h"
 #include "kv_attend.h"
+#include "kv_scores.h"
 
 #include "moe_decode.h"
 #include "qmatmul.h"

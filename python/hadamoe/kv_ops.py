@@ -1,4 +1,4 @@
-"""The ops of the quantized KV cache, on numpy arrays and, for attention, any framework's.
+"""The ops of the quantized KV cache, on numpy arrays and, for attention, torch tensors too.
 
 A page is 64 tokens of one head and one side; `hadamoe.kv` lists the codecs, `hadamoe.reference_kv`
 says in numpy what they and attention mean, ``csrc/core/kv_codecs.h`` how bytes lie in a page.
@@ -127,12 +127,9 @@ def kv_attention_block(
 def _empty_like(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return np.empty(x.shape, x.dtype)
-    import importlib
-
-    name = type(x).__module__.split(".")[0]
-    if name != "torch":
-        raise ContractError(f"kv_attend: q is {type(x).__name__}, needs a numpy or torch array")
-    return importlib.import_module("torch").empty_like(x)
+    if not hasattr(x, "new_empty"):
+        raise ContractError(f"kv: q is {type(x).__name__}, needs a numpy or torch array")
+    return x.new_empty(x.shape)
 
 
 def _side(side: str, codec: str, d: int, vectors: Any, scale: float) -> tuple[list[Any], list[int]]:
