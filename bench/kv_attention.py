@@ -193,18 +193,8 @@ def cell(caches: Caches, tokens: int, past: int) -> list[Contender]:
             for layer in caches.layers(name, length)
         ]
         found.append(Contender(name, calls, nbytes, work, rate))
-        found[-1].commit = fastest(full_page(caches, name, past // PAGE), 0.01)
+        found[-1].commit = bench.fastest(full_page(caches, name, past // PAGE), 0.01)
     return found
-
-
-def fastest(call: Callable[[], object], budget: float) -> float:
-    call()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < budget:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def measure(contenders: list[Contender], rounds: int, budget: float) -> None:
@@ -231,7 +221,8 @@ def matmul_rates(least: dict[str, float], threads: int) -> dict[str, float]:
     calls = {"f32": lambda: x @ x, "bf16": lambda: y @ y, "int8": lambda: torch._int_mm(i, i)}
     torch.set_num_threads(1)
     rates = {
-        t: max(least.get(t, 0), threads * 2 * n**3 / fastest(f, 0.1)) for t, f in calls.items()
+        t: max(least.get(t, 0), threads * 2 * n**3 / bench.fastest(f, 0.1))
+        for t, f in calls.items()
     }
     torch.set_num_threads(threads)
     return rates

@@ -22,7 +22,7 @@ import numpy as np
 from . import _cpu, ops
 from .weight import Instance, Part, Weight
 
-__all__ = ["Row", "instances", "machine", "plot", "read_bandwidth"]
+__all__ = ["Row", "fastest", "instances", "machine", "plot", "read_bandwidth"]
 
 #: Bytes of codes a measurement cycles through: several times the last-level cache of most machines.
 POOL_BYTES = 512 << 20
@@ -84,8 +84,9 @@ def _command() -> str:
     return shlex.join(["hadamoe", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
 
 
-def _seconds(call: Callable[[], None], budget: float) -> float:
-    """Fastest of at least five calls and at least ``budget`` seconds: neighbours only slow it."""
+def fastest(call: Callable[[], object], budget: float) -> float:
+    """Seconds of the fastest of at least five calls, ``budget`` seconds of them: neighbours only
+    slow it."""
     call()
     times: list[float] = []
     while len(times) < 5 or sum(times) < budget:
@@ -103,7 +104,7 @@ def read_bandwidth(threads: int, nbytes: int = 1 << 30, budget: float = 0.5) -> 
     before = ops.threads()
     ops.set_threads(threads)
     try:
-        seconds = _seconds(lambda: _cpu.call("read_bytes", [buffer], [sums], [block], []), budget)
+        seconds = fastest(lambda: _cpu.call("read_bytes", [buffer], [sums], [block], []), budget)
     finally:
         ops.set_threads(before)
     return nbytes / seconds / 1e9
@@ -177,7 +178,7 @@ def _measure(
     if what != "experts":
         pool = _Pool(instance, rows, columns, pool_bytes, least=2)
         dense = [ops.pack(Weight(columns, ((pool.part(i),),))) for i in range(pool.matrices)]
-        seconds = _seconds(lambda: [ops.qmatmul(x, w) for w in dense] and None, budget)
+        seconds = fastest(lambda: [ops.qmatmul(x, w) for w in dense] and None, budget)
         return seconds, pool.part(0).nbytes * len(dense)
     pool = _Pool(instance, rows, columns, pool_bytes, least=8)
     count = min(256, pool.matrices)
@@ -185,7 +186,7 @@ def _measure(
     picks = np.random.default_rng(2).permutation(count).astype(np.int32)
     picks = picks[: count // 8 * 8].reshape(-1, 1, 8)
     picks = np.repeat(picks, tokens, axis=1)
-    seconds = _seconds(lambda: [ops.qmatmul(x, stack, expert=e) for e in picks] and None, budget)
+    seconds = fastest(lambda: [ops.qmatmul(x, stack, expert=e) for e in picks] and None, budget)
     return seconds, pool.part(0).nbytes * picks.size // tokens
 
 
