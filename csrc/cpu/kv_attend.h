@@ -67,15 +67,20 @@ void kv_seal(const KvTask& t, int64_t g, bool values, const void* rows, uint8_t*
   kv_store(side_of(t, values, g), x, page);
 }
 
-// The rotated query as bytes; returns their unit, max / 127.
-inline float kv_query_row(const KvSide& s, const float* q, int8_t* q8) {
-  alignas(64) float r[kMostHeadDim];
+// r = H(signs * q / balance) / sqrt(d): q in the basis of the keys' codes.
+inline void rotate_query(const KvSide& s, const float* q, float* r) {
   const float root = float(1 / sqrt(double(s.d)));
   for (int64_t i = 0; i < s.d; ++i) r[i] = (s.balance ? q[i] / s.balance[i] : q[i]) * s.signs[i];
   walsh_hadamard(r, s.d);
+  for (int64_t i = 0; i < s.d; ++i) r[i] = r[i] * root;
+}
+
+// The rotated query as bytes; returns their unit, max / 127.
+inline float kv_query_row(const KvSide& s, const float* q, int8_t* q8) {
+  alignas(64) float r[kMostHeadDim];
+  rotate_query(s, q, r);
   float most = 0;
   for (int64_t i = 0; i < s.d; ++i) {
-    r[i] = r[i] * root;
     const float size = fabsf(r[i]);
     most = size > most ? size : most;
   }
@@ -104,10 +109,8 @@ void kv_query(const KvTask& t, int64_t begin, int64_t end) {
       t.query[u] = {unit * s.unit * t.scale, shift * t.scale, -kLevelOffset * byte_sum(t.q8 + u * a.d, a.d)};
     } else if (hm_kv_rotated(s.codec)) {
       float* r = t.turned + u * a.width;
-      const float root = float(1 / sqrt(double(s.d)));
-      for (int64_t i = 0; i < a.d; ++i) r[i] = q[i] * s.signs[i];
-      walsh_hadamard(r, a.d);
-      for (int64_t i = 0; i < a.width; ++i) r[i] = i < a.d ? r[i] * root * t.scale : 0;
+      rotate_query(s, q, r);
+      for (int64_t i = 0; i < a.width; ++i) r[i] = i < a.d ? r[i] * t.scale : 0;
     }
     for (int64_t i = 0; i < a.d; ++i) q[i] = q[i] * t.scale;
   }
