@@ -30,7 +30,7 @@ def supports(instance: Instance) -> bool:
     return Instance(*instance) in instances()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class PackedWeight:
     """A `Weight` in the form ops take: a table of parts and the buffers it points into.
 

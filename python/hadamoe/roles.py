@@ -10,7 +10,7 @@ from .packed import PackedWeight, pack, rotated_columns
 from .weight import Rotation, Weight
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class RoleWeights:
     """Matrices of one op, packed with shared buffers.
 
@@ -86,7 +86,7 @@ class RoleWeights:
         return signs, [w.parts for w in self.roles], [*map(int, first), *blocks, mask]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MoeWeights(RoleWeights):
     """The six matrices of one mixture-of-experts block.
 
@@ -106,7 +106,7 @@ class MoeWeights(RoleWeights):
         return (self.gate_up if role == "down" else self.shared_gate_up).rows // 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionWeights(RoleWeights):
     """The four matrices of gated attention; ``q`` holds, per head, q rows and then gate rows."""
 
@@ -121,7 +121,7 @@ class AttentionWeights(RoleWeights):
         return self.q.rows // 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DeltaWeights(RoleWeights):
     """The five matrices of a Gated DeltaNet layer."""
 

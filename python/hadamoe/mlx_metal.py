@@ -1,0 +1,92 @@
+"""Runs launch plans of `hadamoe.metal_plan` through MLX, lazily, on its Metal device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+
+from .metal_plan import Launch, source
+from .metal_weight import MetalWeight, metal_weight
+from .packed import PackedWeight
+
+_DTYPES = {
+    n: getattr(mx, n)
+    for n in ("float32", "float16", "bfloat16", "uint8", "uint32", "int32", "int8")
+}
+
+
+class Resident(NamedTuple):
+    """A weight in MLX's memory.
+
+    Attributes:
+        plan: what launch plans need to know of it.
+        words, parts: the arrays of `MetalWeight`.
+        pre, post: signs of its rotation, or None.
+    """
+
+    plan: MetalWeight
+    words: mx.array
+    parts: mx.array
+    pre: mx.array | None
+    post: mx.array | None
+
+
+_residents: WeakKeyDictionary[PackedWeight, dict[tuple[int, ...], Resident]] = WeakKeyDictionary()
+
+
+def resident(*weights: PackedWeight) -> Resident:
+    """Weights side by side (`metal_weight`) in MLX's memory; made once while they live."""
+    made = _residents.setdefault(weights[0], {})
+    key = tuple(map(id, weights))  # ids stay taken: what packs them together keeps them together
+    if key not in made:
+        w = metal_weight(*weights)
+        r = w.rotation
+        signs = [
+            None if r is None or s is None else mx.array(s) for s in (r and r.pre, r and r.post)
+        ]
+        made[key] = Resident(
+            replace(w, words=w.words[:0]), mx.array(w.words), mx.array(w.parts), *signs
+        )
+    return made[key]
+
+
+def available() -> bool:
+    """Whether MLX computes on a Metal device now."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+@cache
+def _kernel(
+    name: str, file: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Any:
+    return mx.fast.metal_kernel(
+        name=name,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        header=source(file),
+        source=body,
+    )
+
+
+def run(launch: Launch, arrays: Mapping[str, mx.array]) -> list[mx.array]:
+    """The outputs of a launch, one array for each.
+
+    Args:
+        arrays: every input that is not absent, by name.
+    """
+    names = tuple(out.name for out in launch.outputs)
+    present = tuple(launch.present)
+    kernel = _kernel(launch.name, launch.file, launch.body, present, names)
+    x, y, z = launch.groups
+    return kernel(
+        inputs=[arrays[name] for name in present],
+        output_shapes=[out.shape for out in launch.outputs],
+        output_dtypes=[_DTYPES[out.dtype] for out in launch.outputs],
+        grid=(x * launch.threads, y, z),
+        threadgroup=(launch.threads, 1, 1),
+    )
