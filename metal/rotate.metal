@@ -1,17 +1,7 @@
 // What a weight's input goes through first: RMSNorm, then the Hadamard rotation, in threadgroup memory.
+#include "place.metal"
 
 namespace hm {
-
-// Sum over a whole threadgroup; partial has a place for every simdgroup.
-METAL_FUNC float group_sum(float v, threadgroup float* partial, uint simds, Place at) {
-  v = simd_sum(v);
-  if (at.lane == 0) partial[at.simd] = v;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  float total = 0.0f;
-  for (uint i = 0; i < simds; i++) total += partial[i];
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return total;
-}
 
 // 1 / rms(x) of x[0..K).
 template <int K, int THREADS, class X>

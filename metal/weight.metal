@@ -1,17 +1,11 @@
 // A packed weight as kernels see it: one array of 32-bit words and a table of parts that points into it.
 // python/hadamoe/metal_weight.py makes both; codes are a checkpoint's own bits.
+#include "place.metal"
 
 namespace hm {
-using namespace metal;
 
 enum Table { linear, linear_signed, e2m1, e2m1_gguf, codebook, plain };
 enum Scale { f32, f16, bf16, e8m0 };
-
-// Where a thread stands. Passed by value to every kernel.
-struct Place {
-  uint3 group;
-  uint index, simd, lane;
-};
 
 // A block of rows of one kind. Places count 16-byte pieces of the words.
 struct Part {

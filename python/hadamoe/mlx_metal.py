@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from .metal_plan import Launch, source
+from .metal_products import qmatvec
 from .metal_weight import MetalWeight, metal_weight
 from .packed import PackedWeight
 
@@ -90,3 +91,44 @@ def run(launch: Launch, arrays: Mapping[str, mx.array]) -> list[mx.array]:
         grid=(x * launch.threads, y, z),
         threadgroup=(launch.threads, 1, 1),
     )
+
+
+def dtype_name(a: mx.array) -> str:
+    """An array's dtype as numpy names it."""
+    return str(a.dtype).removeprefix("mlx.core.")
+
+
+def product(
+    x: mx.array,
+    w: Resident,
+    *,
+    norm: tuple[mx.array, float] | None = None,
+    expert: mx.array | None = None,
+    residual: mx.array | None = None,
+    rotated: bool = False,
+) -> mx.array:
+    """``residual + rotate(rmsnorm(x)) @ W^T``, for any number of tokens.
+
+    Args:
+        x: ``[t, k]``; k is the weight's in_features, or its columns where ``rotated``.
+        norm: (f32 ``[k]``, eps), or None.
+        expert: i32 ``[t, a]``, or None.
+        residual: of the result's shape, or None.
+        rotated: x has been through the weight's rotation.
+
+    Returns:
+        ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
+    """
+    rotate = w.plan.rotation is not None and not rotated
+    launch = qmatvec(
+        x.shape[0],
+        w.plan,
+        dtype_name(x),
+        slots=0 if expert is None else expert.shape[1],
+        norm=None if norm is None else norm[1],
+        rotate=rotate,
+        residual=residual is not None,
+    )
+    arrays = {"x": x, "words": w.words, "parts": w.parts, "pre": w.pre, "post": w.post}
+    arrays |= {"gamma": norm and norm[0], "expert": expert, "residual": residual}
+    return run(launch, arrays)[0]
