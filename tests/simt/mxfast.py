@@ -84,65 +84,67 @@ def _shape_buffers(a: mx.array, wanted: tuple[bool, bool, bool]) -> list[np.ndar
     return [v for v, w in zip(values, wanted, strict=True) if w]
 
 
-def metal_kernel(options: Options, log: list[Launch]):
-    """`mx.fast.metal_kernel` with the same signature; launches go to `log`."""
+#: Options and log of each `installed` block that is open: code keeps kernels for longer than one.
+_open: list[tuple[Options, list[Launch]]] = []
 
-    def make(
-        name,
-        input_names,
-        output_names,
-        source,
-        header="",
-        ensure_row_contiguous=True,
-        atomic_outputs=False,
+
+def metal_kernel(
+    name,
+    input_names,
+    output_names,
+    source,
+    header="",
+    ensure_row_contiguous=True,
+    atomic_outputs=False,
+    **_,
+):
+    """`mx.fast.metal_kernel` with the same signature; launches go to the log of `installed`."""
+
+    def call(
+        *,
+        inputs,
+        output_shapes,
+        output_dtypes,
+        grid,
+        threadgroup,
+        template=None,
+        init_value=None,
+        verbose=False,
+        stream=None,
         **_,
     ):
-        def call(
-            *,
-            inputs,
-            output_shapes,
+        options, log = _open[-1]
+        arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
+        text = mxtext.generate(
+            name,
+            input_names,
+            output_names,
+            source,
+            header,
+            arrays,
             output_dtypes,
-            grid,
-            threadgroup,
-            template=None,
-            init_value=None,
-            verbose=False,
-            stream=None,
-            **_,
-        ):
-            arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
-            text = mxtext.generate(
-                name,
-                input_names,
-                output_names,
-                source,
-                header,
-                arrays,
-                output_dtypes,
-                template or [],
-                atomic_outputs,
-            )
-            if verbose:
-                print(f"Generated source code for `{name}`:\n```\n{text.source}\n```")
-            buffers = []
-            for a, wanted in zip(arrays, text.shape_parameters, strict=True):
-                buffers += [to_numpy(a), *_shape_buffers(a, wanted)]
-            first = len(buffers)
-            for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
-                if init_value is None:
-                    buffers.append(np.zeros(shape, _NUMPY[dtype]))
-                else:
-                    buffers.append(to_numpy(mx.full(shape, init_value, dtype=dtype)))
-            fresh = range(first, len(buffers)) if init_value is None else ()
-            log.append(_run(options, text, buffers, fresh, tuple(grid), tuple(threadgroup)))
-            if log[-1].findings and options.findings == "raise":
-                raise core.CheckError(text.name, log[-1].findings)
-            results = zip(buffers[first:], output_shapes, output_dtypes, strict=True)
-            return [from_numpy(b.reshape(s), d) for b, s, d in results]
+            template or [],
+            atomic_outputs,
+        )
+        if verbose:
+            print(f"Generated source code for `{name}`:\n```\n{text.source}\n```")
+        buffers = []
+        for a, wanted in zip(arrays, text.shape_parameters, strict=True):
+            buffers += [to_numpy(a), *_shape_buffers(a, wanted)]
+        first = len(buffers)
+        for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
+            if init_value is None:
+                buffers.append(np.zeros(shape, _NUMPY[dtype]))
+            else:
+                buffers.append(to_numpy(mx.full(shape, init_value, dtype=dtype)))
+        fresh = range(first, len(buffers)) if init_value is None else ()
+        log.append(_run(options, text, buffers, fresh, tuple(grid), tuple(threadgroup)))
+        if log[-1].findings and options.findings == "raise":
+            raise core.CheckError(text.name, log[-1].findings)
+        results = zip(buffers[first:], output_shapes, output_dtypes, strict=True)
+        return [from_numpy(b.reshape(s), d) for b, s, d in results]
 
-        return call
-
-    return make
+    return call
 
 
 def _run(options, text, buffers, fresh, grid, threadgroup) -> Launch:
@@ -194,10 +196,12 @@ def installed(**options) -> Iterator[list[Launch]]:
     """
     log: list[Launch] = []
     old = mx.fast.metal_kernel, mx.metal.is_available, mx.default_device
-    mx.fast.metal_kernel = metal_kernel(Options(**options), log)
+    mx.fast.metal_kernel = metal_kernel
     mx.metal.is_available = lambda: True
     mx.default_device = lambda: mx.Device(mx.gpu, 0)
+    _open.append((Options(**options), log))
     try:
         yield log
     finally:
+        _open.pop()
         mx.fast.metal_kernel, mx.metal.is_available, mx.default_device = old
