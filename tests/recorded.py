@@ -1,8 +1,12 @@
-"""Test data: complete checkpoints written by the formats' own tools, and recorded arrays."""
+"""Test data: complete checkpoints written by the formats' own tools, and recorded arrays.
+
+What every framework's model is held against: `LOGITS`, and `CONTINUATIONS` of prompts.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import tarfile
 import tempfile
@@ -17,6 +21,21 @@ EXAMPLES = ROOT / "examples" / "checkpoints"
 #: Tiny random models, packed; and one trained model in six formats, plain directories.
 TINY = ("configi_tiny", "jangtq_tiny", "mxfp4_node_tiny", "tqvllm_tiny", "w4a16_tiny")
 STDLIB = tuple(f"stdlib_{f}" for f in ("bf16", "configi", "jangtq2", "mxfp4", "tq_apex2", "w4a16"))
+#: checkpoint -> (token ids, f32 logits of one forward, f32 logits from a cache or None)
+LOGITS = {
+    "configi_tiny": ("tokens", "logits_f32", "logits_decode_f32"),
+    "mxfp4_node_tiny": ("tokens", "logits_f32", "logits_decode_f32"),
+    "jangtq_tiny": ("input_ids", "logits_hf_fp32_exact", None),
+    "tqvllm_tiny": ("ids40", "logits40_hf_f32_tiny", None),
+    "w4a16_tiny": ("input_ids", "logits_fp32_wexact", "logits_decode_fp32_wexact"),
+    **{name: ("input_ids", "logits_f32", None) for name in STDLIB},
+}
+#: position of the first recorded logits from a cache, where not the first
+DECODE_FROM = {"w4a16_tiny": 31}
+#: of LOGITS, largest difference allowed
+TOLERANCE = 1e-4
+#: checkpoint -> prompt -> its greedy continuation
+CONTINUATIONS = json.loads((GOLDEN / "stdlib_continuations.json").read_text())
 
 
 @functools.cache
@@ -42,6 +61,13 @@ def golden(name: str) -> dict[str, np.ndarray]:
             with np.load(folder / f"{name}.npz", allow_pickle=False) as z:
                 return {k: z[k] for k in z.files}
     raise FileNotFoundError(f"no {name}.npz in tests/golden or examples/checkpoints")
+
+
+def logits(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(token ids i64, logits f32, logits from a cache or None) of a checkpoint in `LOGITS`."""
+    arrays = golden(f"{name}_logits")
+    ids, whole, decode = LOGITS[name]
+    return arrays[ids].astype(np.int64), arrays[whole], arrays[decode] if decode else None
 
 
 def forget() -> None:

@@ -26,7 +26,7 @@ TEXT = sorted(
     for p in (ROOT / d).rglob("*")
     if p.is_file() and p.suffix in (".py", ".pyi", ".h", ".cpp", ".md", ".toml", "")
 )
-FRAMEWORKS = {"torch": "torch_", "transformers": "torch_", "mlx": "mlx_"}
+FRAMEWORKS = {"torch": "torch_", "transformers": "torch_", "mlx": "mlx_", "mlx_lm": "mlx_"}
 
 # Lowest layer first. A module imports from lower rows (or its own row, where marked with itself).
 LAYERS = [
@@ -44,10 +44,12 @@ LAYERS = [
     {"kv_cache", "mlx_kv"},
     {"kv_prefix", "torch_kv", "mlx_cache"},
     {"torch_layers", "mlx_layers", "mlx_static", "verify", "inspect", "synth"},
-    {"torch_blocks"},
+    {"torch_blocks", "mlx_blocks"},
     {"torch_decode"},
     {"torch_model", "mlx_model"},
-    {"torch_run", "transformers_hook"},
+    {"torch_run", "import_hook"},
+    {"transformers_hook", "mlx_lm_hook"},
+    {"mlx_lm"},
     {"profile", "terminal", "cli_options"},
     {"bench", "torch_bench"},
     {"cli_bench"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ops, transformers_hook
+from . import mlx_lm_hook, ops, transformers_hook
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 from .ops import isa, isas, set_isa, set_threads, threads
 from .weight import Instance, Part, Rotation, Weight
@@ -47,14 +47,15 @@ def load(
     Args:
         directory: one of the five formats, or a plain BF16/F16 source.
         framework: ``"torch"``: the transformers model with hadamoe's modules in place of linears,
-            embeddings, experts and the gated delta net.
-        dtype: of activations (a torch dtype or its name); None takes the checkpoint's.
-        device: ``"cpu"``.
+            embeddings, experts and the gated delta net. ``"mlx"``: mlx-lm's model and tokenizer,
+            as ``mlx_lm.load`` gives them, with hadamoe's modules in the same places.
+        dtype: of activations (a dtype of the framework or its name); None takes the checkpoint's.
+        device: ``"cpu"``; MLX runs on ``mx.default_device()`` whatever this says.
         options: ``rope="yarn:4"`` reaches four times the context the model was trained for
             (1,048,576 tokens; a dict merges any rope settings); ``kv="hk4v3"`` keeps keys and
             values in 4 and 3 bits (`hadamoe.kv` lists presets); ``vision=False`` leaves a vision
-            tower out; ``resident=True`` copies the weights into memory (huge pages on Linux)
-            instead of mapping their files.
+            tower out (MLX has none); ``resident=True`` copies the weights into memory (huge pages
+            on Linux) instead of mapping their files.
 
     Returns:
         (model, tokenizer); tokenizer is None where the directory has none.
@@ -63,19 +64,26 @@ def load(
         FormatError: the directory is not what its format promises.
         UnsupportedError: it needs an instance, framework or device this build lacks.
         DeviceError: resident weights need more memory than is available.
-        ModuleNotFoundError: the packages of ``hadamoe[torch]`` are not installed.
+        ModuleNotFoundError: the packages of ``hadamoe[torch]`` or ``hadamoe[mlx]`` are not
+            installed.
     """
-    if framework != "torch":
-        raise UnsupportedError(f"load: framework is {framework!r}, needs 'torch'")
+    if framework not in ("torch", "mlx"):
+        raise UnsupportedError(f"load: framework is {framework!r}, needs 'torch' or 'mlx'")
     try:
-        from . import torch_model
+        if framework == "mlx":
+            from . import mlx_model as model
+        else:
+            from . import torch_model as model
+
+            options["device"] = device
     except ModuleNotFoundError as e:
-        if e.name not in ("torch", "transformers"):
+        if e.name not in ("torch", "transformers", "mlx", "mlx.core", "mlx_lm"):
             raise
-        message = f"load: needs {e.name}; install it with: pip install 'hadamoe[torch]'"
+        message = f"load: needs {e.name}; install it with: pip install 'hadamoe[{framework}]'"
         raise ModuleNotFoundError(message, name=e.name) from None
 
-    return torch_model.load(directory, dtype=dtype, device=device, **options)
+    return model.load(directory, dtype=dtype, **options)
 
 
 transformers_hook.install()
+mlx_lm_hook.install()

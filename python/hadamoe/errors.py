@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 
 
@@ -34,3 +36,15 @@ class UnsupportedError(NotImplementedError):
 
 class DeviceError(RuntimeError):
     """The device asked for is absent, too old or too small."""
+
+
+@contextmanager
+def reading(path: str | PathLike[str], expected: str) -> Iterator[None]:
+    """Whatever another library raises over a file, as a FormatError; it names no file itself."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as e:
+        found = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise FormatError(path, expected=expected, found=found) from e

@@ -42,16 +42,19 @@ def make_prompt_cache(model: Any, kv: str | Sequence[str] = "hk4v3") -> list[Any
         UnsupportedError: a codec without MLX code; a layer whose cache is neither a state nor
             attention to all tokens.
     """
-    caches = mlx_lm_cache.make_prompt_cache(model)
-    own = (mlx_lm_cache.KVCache, mlx_lm_cache.ArraysCache)
+    return quantized(mlx_lm_cache.make_prompt_cache(model), kv)
+
+
+def quantized(caches: list[Any], kv: str | Sequence[str]) -> list[Any]:
+    """mlx-lm's empty caches with those of attention quantized, as `make_prompt_cache` says."""
+    attention = (mlx_lm_cache.KVCache, HadamoeKVCache)
     for i, c in enumerate(caches):
-        if type(c) not in own:
+        if type(c) not in (*attention, mlx_lm_cache.ArraysCache):
             name = type(c).__name__
             raise UnsupportedError(f"kv: layer {i} has a {name}, which cannot be quantized")
-    plain = [i for i, c in enumerate(caches) if type(c) is mlx_lm_cache.KVCache]
-    for i, form in zip(plain, formats_of(kv, len(plain)), strict=True):
-        if not form.raw:
-            caches[i] = HadamoeKVCache(form)
+    places = [i for i, c in enumerate(caches) if type(c) in attention]
+    for i, form in zip(places, formats_of(kv, len(places)), strict=True):
+        caches[i] = mlx_lm_cache.KVCache() if form.raw else HadamoeKVCache(form)
     return caches
 
 

@@ -7,6 +7,7 @@ the arrays' base, so a model of 15 GB packs without reading a byte.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,19 @@ def instances() -> tuple[Instance, ...]:
 def supports(instance: Instance) -> bool:
     """Whether this build has code for the instance."""
     return Instance(*instance) in instances()
+
+
+def census(weights: Iterable[Weight]) -> None:
+    """Raises one UnsupportedError that lists every instance this build lacks for the weights."""
+    have = set(instances())
+    users: dict[str, int] = {}
+    for weight in weights:
+        for instance in weight.instances() - have:
+            users[str(instance)] = users.get(str(instance), 0) + 1
+    if users:
+        missing = ", ".join(f"{name} ({n} weights)" for name, n in sorted(users.items()))
+        known = " ".join(map(str, instances()))
+        raise UnsupportedError(f"load: this build has no kernels for {missing}; it has {known}")
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

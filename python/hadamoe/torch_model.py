@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen3_5Moe
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
 
-from . import formats, ops
-from .errors import ContractError, FormatError, UnsupportedError
-from .formats import ModelFiles
+from . import formats
+from .errors import ContractError, FormatError, UnsupportedError, reading
+from .formats import ModelFiles, roles
+from .machine import no_collection
+from .packed import census
 from .resident import Progress, make_resident
 from .torch_blocks import (
     Attention,
@@ -29,7 +29,7 @@ from .torch_blocks import (
 )
 from .torch_kv import KVChoice
 from .torch_layers import Head, QEmbedding, QLinear
-from .weight import Weight, fuse_rows
+from .weight import Weight
 
 
 def load(
@@ -70,9 +70,10 @@ def load(
         DeviceError: resident weights need more memory than is available.
     """
     check_device(device)
-    with _no_collection():
+    with no_collection():
         files = formats.read(path)
-        census(files)
+        plain = (_plain(t) for t in files.vision.values() if t.array.ndim == 2)
+        census((*files.weights.values(), *plain))
         values = formats.with_rope(files.config, rope) if rope else files.config
         config = _config(Path(path), values)
         dtype = _dtype(dtype, config)
@@ -83,19 +84,6 @@ def load(
         model, tokenizer = _build(Path(path), files, config, dtype, vision, choice)
         model.kv_choice, model.kv_scales = choice, _kv_scales(files, config)
         return model, tokenizer
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Describing 10^5 tensors makes objects faster than the garbage collector can look through
-    them for nothing: it would take half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _build(
@@ -158,25 +146,13 @@ def _config(path: Path, values: dict[str, Any]) -> Qwen3_5MoeConfig:
         raise FormatError(
             path / "config.json", "rope_type", expected=" or ".join(kinds), found=found
         )
-    with _theirs(path / "config.json", "a config that transformers accepts"):
+    with reading(path / "config.json", "a config that transformers accepts"):
         return Qwen3_5MoeConfig(**values)
 
 
 def _tokenizer(path: Path) -> Any:
-    with _theirs(path, "a tokenizer that transformers reads"):
+    with reading(path, "a tokenizer that transformers reads"):
         return AutoTokenizer.from_pretrained(path)
-
-
-@contextmanager
-def _theirs(path: Path, expected: str) -> Iterator[None]:
-    """Whatever transformers raises over a file, as a FormatError; it names no file itself."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as e:
-        found = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        raise FormatError(path, expected=expected, found=found) from e
 
 
 _FETCHING = (
@@ -224,20 +200,6 @@ def check_device(device: str | torch.device) -> None:
         )
 
 
-def census(files: ModelFiles) -> None:
-    """Raises one UnsupportedError that lists every instance this build lacks for the checkpoint."""
-    have = set(ops.instances())
-    users: dict[str, int] = {}
-    plain = (_plain(t) for t in files.vision.values() if t.array.ndim == 2)
-    for weight in (*files.weights.values(), *plain):
-        for instance in weight.instances() - have:
-            users[str(instance)] = users.get(str(instance), 0) + 1
-    if users:
-        missing = ", ".join(f"{name} ({n} weights)" for name, n in sorted(users.items()))
-        known = " ".join(map(str, ops.instances()))
-        raise UnsupportedError(f"load: this build has no kernels for {missing}; it has {known}")
-
-
 def _dtype(dtype: torch.dtype | str | None, config) -> torch.dtype:
     if dtype in (None, "auto"):
         dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
@@ -257,58 +219,22 @@ def _param(array: np.ndarray, dtype: torch.dtype) -> nn.Parameter:
 def _fill_text(
     text: nn.Module, files: ModelFiles, dtype: torch.dtype, choice: KVChoice | None
 ) -> None:
-    w, v, config = files.weights, files.tensors, text.config
+    w, config = files.weights, text.config
     text.embed_tokens = QEmbedding(w["embed_tokens"], dtype)
-    text.norm.weight = zero_centred(v["norm"])
+    text.norm.weight = zero_centred(files.tensors["norm"])
     text.rotary_emb = type(text.rotary_emb)(config)  # its frequencies must not stay on meta
     for i, kind in enumerate(config.layer_types):
-        at = f"layers.{i}."
-        norms = [
-            v[at + f"{name}_layernorm"].astype(np.float32) for name in ("input", "post_attention")
-        ]
+        norms = roles.norms(files, i)
         if kind == "full_attention":
-            mixer = _attention(config, i, w, v, norms[0], dtype)
+            weights, vectors = roles.attention(files, i)
+            mixer = Attention(config, i, weights, {"norm": norms[0], **vectors}, dtype)
             mixer.kv_choice = choice
         else:
-            mixer = _linear_attention(config, i, w, v, norms[0])
-        moe = _moe(config, at + "mlp.", w, norms[1])
+            weights, vectors = roles.delta_net(files, i)
+            mixer = GatedDeltaNet(config, i, weights, norms[0], vectors)
+        top_k, eps = config.num_experts_per_tok, config.rms_norm_eps
+        moe = SparseMoeBlock(roles.moe(files, i), top_k, norms[1], eps)
         text.layers[i] = DecoderLayer(config, i, mixer, moe, norms)
-
-
-def _attention(config, i: int, w, v, norm: np.ndarray, dtype: torch.dtype) -> Attention:
-    at = f"layers.{i}.self_attn."
-    norms = {"norm": norm, "q_norm": v[at + "q_norm"], "k_norm": v[at + "k_norm"]}
-    return Attention(config, i, {n: w[f"{at}{n}_proj"] for n in "qkvo"}, norms, dtype)
-
-
-def _linear_attention(config, i: int, w, v, norm: np.ndarray) -> GatedDeltaNet:
-    at = f"layers.{i}.linear_attn."
-    vectors = {
-        "conv_weight": v[at + "conv1d"],
-        "a_log": v[at + "A_log"],
-        "dt_bias": v[at + "dt_bias"],
-        "norm": v[at + "norm"],
-    }
-    weights = {n: w[f"{at}in_proj_{n}"] for n in ("qkv", "z", "b", "a")}
-    return GatedDeltaNet(config, i, weights | {"out": w[at + "out_proj"]}, norm, vectors)
-
-
-def _moe(config, at: str, w, norm: np.ndarray) -> SparseMoeBlock:
-    return SparseMoeBlock(
-        {
-            "router": w[at + "gate"],
-            "gate_up": w[at + "experts.gate_up"],
-            "down": w[at + "experts.down"],
-            "shared_gate_up": fuse_rows(
-                [w[at + "shared_expert.gate_proj"], w[at + "shared_expert.up_proj"]]
-            ),
-            "shared_down": w[at + "shared_expert.down_proj"],
-            "shared_gate": w[at + "shared_expert_gate"],
-        },
-        config.num_experts_per_tok,
-        norm,
-        config.rms_norm_eps,
-    )
 
 
 def _fill_vision(visual: nn.Module, files: ModelFiles, dtype: torch.dtype) -> None:

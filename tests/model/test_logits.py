@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
+import recorded
+from recorded import CONTINUATIONS, DECODE_FROM, LOGITS, TOLERANCE
 
 torch = pytest.importorskip("torch")
 
-TOLERANCE = 1e-4
-#: checkpoint -> (token ids, f32 logits of one forward, f32 logits from a cache or None)
-RECORDED = {
-    "configi_tiny": ("tokens", "logits_f32", "logits_decode_f32"),
-    "mxfp4_node_tiny": ("tokens", "logits_f32", "logits_decode_f32"),
-    "jangtq_tiny": ("input_ids", "logits_hf_fp32_exact", None),
-    "tqvllm_tiny": ("ids40", "logits40_hf_f32_tiny", None),
-    "w4a16_tiny": ("input_ids", "logits_fp32_wexact", "logits_decode_fp32_wexact"),
-    "stdlib_bf16": ("input_ids", "logits_f32", None),
-    "stdlib_configi": ("input_ids", "logits_f32", None),
-    "stdlib_jangtq2": ("input_ids", "logits_f32", None),
-    "stdlib_mxfp4": ("input_ids", "logits_f32", None),
-    "stdlib_tq_apex2": ("input_ids", "logits_f32", None),
-    "stdlib_w4a16": ("input_ids", "logits_f32", None),
-}
-#: position of the first recorded logits from a cache, where not the first
-DECODE_FROM = {"w4a16_tiny": 31}
-CONTINUATIONS = json.loads(
-    (Path(__file__).parent.parent / "golden" / "stdlib_continuations.json").read_text()
-)
 
-
-def recorded(golden, name):
-    """(token ids, logits, decode logits or None) of a checkpoint."""
-    arrays = golden(f"{name}_logits")
-    ids, logits, decode = RECORDED[name]
-    return torch.from_numpy(arrays[ids]).long(), arrays[logits], arrays[decode] if decode else None
+def recorded_of(name):
+    """`recorded.logits` with torch's token ids."""
+    ids, *logits = recorded.logits(name)
+    return torch.from_numpy(ids), *logits
 
 
 def one_by_one(model, ids, past=None):
@@ -56,23 +33,23 @@ def close(got, want, tolerance=TOLERANCE):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("name", RECORDED)
-def test_f32_logits(name, load, golden):
+@pytest.mark.parametrize("name", LOGITS)
+def test_f32_logits(name, load):
     """On every instruction set, and twice as close as promised: half of what is left is the
     rounding of the recorded f32 logits themselves."""
     model, _ = load(name)
-    ids, want, _ = recorded(golden, name)
+    ids, want, _ = recorded_of(name)
     with torch.no_grad():
         got = model(ids).logits
     assert got.dtype == torch.float32
     close(got, want, TOLERANCE / 2)
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_one_forward_equals_token_by_token(name, load, golden):
+@pytest.mark.parametrize("name", LOGITS)
+def test_one_forward_equals_token_by_token(name, load):
     """Bit for bit; test_reproducible.py cuts in more ways."""
     model, _ = load(name)
-    ids, _, want = recorded(golden, name)
+    ids, _, want = recorded_of(name)
     steps = one_by_one(model, ids)
     with torch.no_grad():
         whole = model(ids).logits
@@ -98,7 +75,7 @@ def test_bf16_argmax_on_robust_routing(name, load, golden):
 def test_same_experts_as_recorded(name, load, golden):
     model, _ = load(name)
     with torch.no_grad():
-        routers = model(recorded(golden, name)[0], output_router_logits=True).router_logits
+        routers = model(recorded_of(name)[0], output_router_logits=True).router_logits
     k = model.config.get_text_config().num_experts_per_tok
     got = torch.stack(routers).topk(k, -1).indices.sort(-1).values
     np.testing.assert_array_equal(got.numpy(), golden("routing")[name])

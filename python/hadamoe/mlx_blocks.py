@@ -1,0 +1,183 @@
+"""The model's layers as MLX modules, to stand in mlx-lm's qwen3_5_moe in place of its own.
+
+The residual stream, routers, gates and recurrent states are f32; dtype is what the cache of
+attention uses. Each half of a layer has its norm and its residual inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.rope_utils import initialize_rope
+
+from . import ops
+from .mlx_layers import QLinear
+from .roles import DeltaWeights, MoeWeights
+from .weight import Weight
+
+__all__ = ["Attention", "DecoderLayer", "GatedDeltaNet", "SparseMoeBlock"]
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention.
+
+    Its conv window f32 ``[batch, channels, kernel]`` and state f32 ``[batch, heads, dk, dv]`` are
+    entries 0 and 1 of mlx-lm's ``ArraysCache``; each call puts new arrays there.
+
+    Args:
+        args: mlx-lm's ``TextModelArgs``.
+        weights: qkv, z, b, a, out.
+        norm: f32 [hidden], of the layer's input, as it is used.
+        vectors: f32 conv_weight, a_log, dt_bias, norm.
+    """
+
+    def __init__(
+        self, args: Any, weights: dict[str, Weight], norm: np.ndarray, vectors: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.args, self.packed = args, DeltaWeights.of(**weights)
+        self._norm = mx.array(norm)
+        self._conv_weight, self._a_log, self._dt_bias, self._gated_norm = (
+            mx.array(vectors[name]) for name in ("conv_weight", "a_log", "dt_bias", "norm")
+        )
+
+    def states(self, batch: int, cache: Any) -> tuple[mx.array, mx.array]:
+        """The conv window and the state of a cache; zeros where it has none."""
+        if cache is not None and cache[0] is not None:
+            return cache[0], cache[1]
+        a = self.args
+        dims = a.linear_num_value_heads, a.linear_key_head_dim, a.linear_value_head_dim
+        return mx.zeros((batch, *self._conv_weight.shape)), mx.zeros((batch, *dims))
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """``x + delta(rmsnorm(x))`` of f32 ``[batch, tokens, hidden]``.
+
+        mask: bool ``[batch, tokens]``; a token where it is False changes no state.
+        """
+        y, *states = self._advance(x, mask, *self.states(x.shape[0], cache))
+        if cache is not None:
+            cache[0], cache[1] = states
+            cache.advance(x.shape[1])
+        return y
+
+    def _advance(self, x: mx.array, mask: Any, *states: mx.array) -> list[mx.array]:
+        """[y, conv window, state]; each sequence by itself where one has padding, which is not
+        fed."""
+        if mask is None or bool(mx.all(mask)):
+            a, states = self.args, [mx.contiguous(s) + 0 for s in states]  # to be written into
+            vectors = self._conv_weight, self._a_log, self._dt_bias, self._gated_norm
+            y = ops.gated_delta_block(
+                x, self._norm, self.packed, *vectors, *states, eps=a.rms_norm_eps,
+                heads=(a.linear_num_key_heads, a.linear_num_value_heads),
+                head_dims=(a.linear_key_head_dim, a.linear_value_head_dim),
+            )  # fmt: skip
+            return [y, *states]
+        rows: list[list[mx.array]] = []
+        for i, real in enumerate(np.array(mask)):
+            parts = [a[i : i + 1] for a in (x, *states)]
+            begin, count = int(real.argmax()), int(real.sum())
+            if count:
+                row, *new = self._advance(parts[0][:, begin : begin + count], None, *parts[1:])
+                whole = [parts[0][:, :begin], row, parts[0][:, begin + count :]]
+                parts = [mx.concatenate(whole, 1), *new]
+            rows.append(parts)
+        return [mx.concatenate(column) for column in zip(*rows, strict=True)]
+
+
+class Attention(nn.Module):
+    """Gated attention over any cache of mlx-lm; keys and values are kept in dtype.
+
+    Args:
+        args: mlx-lm's ``TextModelArgs``.
+        weights: q, k, v, o.
+        norm: f32 [hidden], of the layer's input, as it is used.
+        vectors: f32 q_norm and k_norm, as they are used.
+    """
+
+    def __init__(
+        self, args: Any, weights: dict[str, Weight], norm: np.ndarray, vectors: dict[str, Any],
+        dtype: mx.Dtype,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        q, k, v, o = (weights[name] for name in "qkvo")
+        self.qkv_proj, self.o_proj = QLinear(q, k, v), QLinear(o)
+        self.kv_heads, self.head_dim = args.num_key_value_heads, args.head_dim
+        self.ends = np.cumsum([q.rows, k.rows])
+        self.eps, self.scale, self.dtype = args.rms_norm_eps, args.head_dim**-0.5, dtype
+        self._norm = mx.array(norm)
+        self._q_norm, self._k_norm = (mx.array(vectors[name]) for name in ("q_norm", "k_norm"))
+        self.rope = initialize_rope(
+            int(args.head_dim * args.partial_rotary_factor), base=args.rope_theta,
+            traditional=False, scaling_config=args.rope_scaling,
+            max_position_embeddings=args.max_position_embeddings,
+        )  # fmt: skip
+
+    def _heads(self, x: mx.array, norm: mx.array | None, offset: Any) -> mx.array:
+        """``[b, t, n * d]`` or ``[b, t, n, d]`` -> normed and turned by position
+        ``[b, n, t, d]``; without a norm neither."""
+        x = x.reshape(*x.shape[:2], -1, self.head_dim)
+        if norm is not None:
+            x = mx.fast.rms_norm(x, norm, self.eps)
+        x = x.transpose(0, 2, 1, 3)
+        return x if norm is None else self.rope(x, offset=offset)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """``x + attention(rmsnorm(x))`` of f32 ``[batch, tokens, hidden]``.
+
+        mask: as mlx-lm makes it: None, "causal" or bool that broadcasts to
+        ``[batch, heads, tokens, keys]``.
+        """
+        b, t, _ = x.shape
+        offset = 0 if cache is None else cache.offset
+        qkv = self.qkv_proj(mx.fast.rms_norm(x, self._norm, self.eps))
+        q, k, v = mx.split(qkv, self.ends.tolist(), -1)
+        q, gate = mx.split(q.reshape(b, t, -1, 2 * self.head_dim), 2, -1)
+        q = self._heads(q, self._q_norm, offset)
+        k = self._heads(k, self._k_norm, offset).astype(self.dtype)
+        v = self._heads(v, None, offset).astype(self.dtype)
+        if mx.default_device() == mx.gpu:
+            q = q.astype(self.dtype)  # f32 queries would have the GPU copy the whole cache to f32
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        y = y.astype(mx.float32).transpose(0, 2, 1, 3) * mx.sigmoid(gate)
+        return x + self.o_proj(y.reshape(b, t, -1))
+
+
+class SparseMoeBlock(nn.Module):
+    """Router, experts and shared expert: one call for any number of tokens.
+
+    Args:
+        args: mlx-lm's ``TextModelArgs``.
+        weights: router, gate_up, down, shared_gate_up, shared_down, shared_gate.
+        norm: f32 [hidden], of the RMSNorm in front, as it is used.
+    """
+
+    def __init__(self, args: Any, weights: dict[str, Weight], norm: np.ndarray) -> None:
+        super().__init__()
+        self.packed = MoeWeights.of(**weights)
+        self.top_k, self.eps = args.num_experts_per_tok, args.rms_norm_eps
+        self._norm = mx.array(norm)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x + moe(rmsnorm(x))`` of f32 ``[..., hidden]``."""
+        return ops.moe_block(x, self._norm, self.packed, top_k=self.top_k, eps=self.eps)
+
+
+class DecoderLayer(nn.Module):
+    """mlx-lm's layer: a mixer, `GatedDeltaNet` or `Attention`, then a mixture of experts."""
+
+    def __init__(self, mixer: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.is_linear = isinstance(mixer, GatedDeltaNet)
+        setattr(self, "linear_attn" if self.is_linear else "self_attn", mixer)
+        self.mlp = mlp
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """f32 ``[batch, tokens, hidden]`` to the same."""
+        mixer = self.linear_attn if self.is_linear else self.self_attn
+        return self.mlp(mixer(x, mask, cache))
