@@ -67,16 +67,19 @@ def mlx_include() -> Path | None:
 
 
 def preprocess(
-    source: str, includes: Iterable[str | Path] = (), defines: Iterable[str] = ()
+    source: str,
+    includes: Iterable[str | Path] = (),
+    defines: Iterable[str] = (),
+    preamble: str = "",
 ) -> str:
-    """`source` with includes and macros expanded and line markers kept."""
+    """`preamble` and `source` with includes and macros expanded and line markers kept."""
     command = [
         *(toolchain.clang() or ()),
         *("-E", "-x", "c++", "-std=c++17", "-nostdinc", "-nostdinc++", "-I", str(STUBS)),
         *(f"-D__METAL_VERSION__={METAL_VERSION}", "-D__METAL__=1", "-D__METAL_MACOS__=1"),
         *("-U__SSE__", *(f"-I{folder}" for folder in includes), *(f"-D{d}" for d in defines), "-"),
     ]
-    done = toolchain.run(command, f'#line 1 "{SOURCE_NAME}"\n{source}')
+    done = toolchain.run(command, f'{preamble}\n#line 1 "{SOURCE_NAME}"\n{source}')
     if done.returncode:
         raise CompileError("the preprocessor refuses this source:\n" + explain(done.stderr, source))
     return done.stdout
@@ -163,30 +166,32 @@ def compile_kernel(
     defines: Sequence[str] = (),
     check: bool = False,
     contract: bool = True,
+    preamble: str = "",
     extra: Sequence[str] = (),
 ) -> Kernel:
     """The kernel `name` of `source`: a name, a template-id, or a host_name the source gives.
 
-    `check` compiles for the checker; `contract` lets a * b + c round once. Compiled once per
-    content, kept on disk. Raises CompileError with the lines of `source` at fault.
+    `check` compiles for the checker; `contract` lets a * b + c round once; `preamble` is text that
+    comes first and has no part in line numbers. Compiled once per content, kept on disk. Raises
+    CompileError with the lines of `source` at fault.
     """
     flags = [*LANGUAGE, *(CHECKED if check else FAST), "-fPIC", "-g1", *extra]
     flags.append(f"-ffp-contract={'on' if contract else 'off'}")
-    key = (source, name, tuple(map(str, includes)), tuple(defines), tuple(flags))
+    key = (preamble, source, name, tuple(map(str, includes)), tuple(defines), tuple(flags))
     kernel = _loaded.get(key)
     if kernel is None:
-        kernel = _loaded[key] = _load(source, name, includes, defines, flags, check)
+        kernel = _loaded[key] = _load(source, name, includes, defines, flags, check, preamble)
     return kernel
 
 
-def _load(source, name, includes, defines, flags, check) -> Kernel:
+def _load(source, name, includes, defines, flags, check, preamble) -> Kernel:
     core.engine()
-    parts = [source, name, *defines, *flags, *(toolchain.clang() or ()), _own_version()]
+    parts = [preamble, source, name, *defines, *flags, *(toolchain.clang() or ()), _own_version()]
     parts += [toolchain.fingerprint(str(folder)) for folder in includes]
     facts = toolchain.cache_folder() / (toolchain.digest(parts) + ".json")
     library = facts.with_suffix(".so")
     if not (facts.exists() and library.exists()):
-        unit = rewrite(preprocess(source, includes, defines))
+        unit = rewrite(preprocess(source, includes, defines, preamble))
         text, params = translation_unit(unit, unit.instances.get(name, name))
         toolchain.cached(parts, lambda path: _build(text, flags, source, path))
         toolchain.cached(
@@ -198,14 +203,15 @@ def _load(source, name, includes, defines, flags, check) -> Kernel:
         )
     known = json.loads(facts.read_text())
     params = [Param(**p) for p in known["params"]]
-    return Kernel(name, str(library), params, known["constants"], check)
+    return Kernel(name, str(library), params, known["constants"], check, source)
 
 
 class Kernel:
     """A compiled kernel; call it with its buffers."""
 
-    def __init__(self, name, path, params, constants, checked):
+    def __init__(self, name, path, params, constants, checked, source=""):
         self.name, self.path, self.checked = name, path, checked
+        self.source = source
         self.params: list[Param] = params
         self.constants: dict[str, tuple[str, str]] = constants
         self.library = C.CDLL(path, mode=C.RTLD_LOCAL)
@@ -278,6 +284,7 @@ class Kernel:
                 groups,
                 check=self.checked,
                 regions=regions,
+                source=self.source,
                 **options,
             )
             for address, array in written:

@@ -13,7 +13,7 @@ from . import core, mxtext
 from .msl import compile_kernel, mlx_include
 
 #: MLX puts its own header before every custom kernel.
-PREAMBLE = '#include "mlx/backend/metal/kernels/utils.h"\n#line 1 "kernel.metal"\n'
+PREAMBLE = '#include "mlx/backend/metal/kernels/utils.h"'
 MAX_BUFFERS, MAX_THREADS = 31, 1024
 _NUMPY = {
     mx.bool_: np.bool_,
@@ -43,6 +43,7 @@ class Options:
     schedule: str = "ascending"
     ulp: int = 0
     seed: int = 1
+    transactions: bool = False
     threadgroup_limit: int = 32768
     max_threads: int = MAX_THREADS
     findings: str = "raise"
@@ -157,7 +158,7 @@ def _run(options, text, buffers, fresh, grid, threadgroup) -> Launch:
     if include is None:
         raise RuntimeError("the installed mlx has no Metal headers")
     kernel = compile_kernel(
-        PREAMBLE + text.source, text.name, [include], (), options.check, options.contract
+        text.source, text.name, [include], (), options.check, options.contract, PREAMBLE
     )
     size = tuple(min(a, b) for a, b in zip(threadgroup, grid, strict=True))
     result = kernel(
@@ -170,6 +171,7 @@ def _run(options, text, buffers, fresh, grid, threadgroup) -> Launch:
         order=options.order,
         ulp=options.ulp,
         seed=options.seed,
+        transactions=options.transactions,
         threadgroup_limit=options.threadgroup_limit,
     )
     return Launch(
