@@ -98,9 +98,12 @@ void resolve(Worker& w, Simd& s) {
       mask |= 1ull << i;
     }
     todo &= ~mask;
-    tls.cur = &first;  // for reports
+    tls.cur = &first;  // findings name it
+    uint8_t flags = first.flags;
+    first.flags |= UNCHECKED;  // it touches the operands of all
     check_lanes(s, first, mask);
     first.rf(present, n, by_lane, (int)w.d->width);
+    first.flags = flags;
     tls.cur = nullptr;
     w.n_coll++;
     for (int i = 0; i < n; i++) present[i]->st = READY;
