@@ -1,8 +1,9 @@
-"""Pages of the quantized KV cache in MLX operations: lazy, on any of MLX's devices, traceable.
+"""Pages of the quantized KV cache in MLX: lazy, on any of MLX's devices, traceable.
 
-The bytes are those of `hadamoe.kv_ops.kv_encode`: the same steps in f32, one rounding each. A GPU
-may sum a transform in another order; then a number on a code's edge may get the code beside it, and
-a scale its neighbour in f16.
+The bytes are those of `hadamoe.kv_ops.kv_encode`: the same steps in f32, one rounding each. On a
+Metal device they are one kernel (`hadamoe.mlx_metal_kv`) and there for every codec; elsewhere, and
+with ``vectors``, they are MLX's operations. A GPU may sum MLX's transform in another order; then a
+number on a code's edge may get the code beside it, and a scale its neighbour in f16.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from . import mlx_metal_kv
 from .errors import UnsupportedError
 from .kv import KEY_SEED, PAGE, VALUE_SEED, signs
+from .mlx_metal import available
 from .reference_kv import bits_of, table
 
 __all__ = ["kv_decode", "kv_encode", "refuse"]
@@ -23,12 +26,12 @@ _AFFINE_GROUP = 64  # columns that share a scale
 
 
 def refuse(codecs: Iterable[str]) -> None:
-    """Raises for codecs that have no code here.
+    """Raises for codecs that have no code on this device.
 
     Raises:
-        UnsupportedError: a codec of other software.
+        UnsupportedError: a codec of other software, without a Metal device.
     """
-    for codec in codecs:
+    for codec in () if available() else codecs:
         if not (bits_of(codec) or codec == "bf16" or codec.startswith("affine")):
             needs = "h2, h3, h4, h8, affine4, affine8 or bf16"
             raise UnsupportedError(f"kv: {codec} has no MLX code, needs {needs}")
@@ -48,6 +51,8 @@ def kv_encode(rows: mx.array, codec: str, *, side: str, vectors: tuple | None = 
         is read back as NaN, the others as ever.
     """
     *lead, _, d = rows.shape
+    if vectors is None and available():
+        return mlx_metal_kv.kv_encode(rows, codec, side=side)
     if codec == "bf16":
         parts = [rows.astype(mx.bfloat16)]
     elif bits := bits_of(codec):
@@ -77,6 +82,8 @@ def kv_decode(
         f32 ``[..., 64, head_dim]``.
     """
     lead, d = pages.shape[:-1], head_dim
+    if vectors is None and available():
+        return mlx_metal_kv.kv_decode(pages, codec, d, side=side)
     if codec == "bf16":
         return pages.view(mx.bfloat16).reshape(*lead, PAGE, d).astype(mx.float32)
     bits = bits_of(codec) or int(codec[6:])
