@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import ops
+from . import mlx_metal, mlx_metal_delta, ops
 from .mlx_layers import QLinear
 from .roles import DeltaWeights, MoeWeights
 from .weight import Weight
@@ -67,15 +67,23 @@ class GatedDeltaNet(nn.Module):
     def _advance(self, x: mx.array, mask: Any, *states: mx.array) -> list[mx.array]:
         """[y, conv window, state]; each sequence by itself where one has padding, which is not
         fed."""
+        a = self.args
+        sizes = {
+            "heads": (a.linear_num_key_heads, a.linear_num_value_heads),
+            "head_dims": (a.linear_key_head_dim, a.linear_value_head_dim),
+            "eps": a.rms_norm_eps,
+        }
+        vectors = self._conv_weight, self._a_log, self._dt_bias, self._gated_norm
+        if mlx_metal.available():
+            if mask is not None:
+                ends = mx.where(mask, mx.arange(1, mask.shape[1] + 1), 0).max(axis=1)
+                sizes |= {"mask": mask, "lengths": ends.astype(mx.int32)}
+            fixed = self._norm, self.packed, *vectors
+            return mlx_metal_delta.gated_delta_block(x, *fixed, *states, **sizes)
         if mask is None or bool(mx.all(mask)):
-            a, states = self.args, [mx.contiguous(s) + 0 for s in states]  # to be written into
-            vectors = self._conv_weight, self._a_log, self._dt_bias, self._gated_norm
-            y = ops.gated_delta_block(
-                x, self._norm, self.packed, *vectors, *states, eps=a.rms_norm_eps,
-                heads=(a.linear_num_key_heads, a.linear_num_value_heads),
-                head_dims=(a.linear_key_head_dim, a.linear_value_head_dim),
-            )  # fmt: skip
-            return [y, *states]
+            states = [mx.contiguous(s) + 0 for s in states]  # to be written into
+            fixed = self._norm, self.packed, *vectors
+            return [ops.gated_delta_block(x, *fixed, *states, **sizes), *states]
         rows: list[list[mx.array]] = []
         for i, real in enumerate(np.array(mask)):
             parts = [a[i : i + 1] for a in (x, *states)]
@@ -133,7 +141,7 @@ class Attention(nn.Module):
         """
         b, t, _ = x.shape
         offset = 0 if cache is None else cache.offset
-        qkv = self.qkv_proj(mx.fast.rms_norm(x, self._norm, self.eps))
+        qkv = self.qkv_proj(x, (self._norm, self.eps))
         q, k, v = mx.split(qkv, self.ends.tolist(), -1)
         q, gate = mx.split(q.reshape(b, t, -1, 2 * self.head_dim), 2, -1)
         q = self._heads(q, self._q_norm, offset)
@@ -145,7 +153,7 @@ class Attention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
         y = y.astype(mx.float32).transpose(0, 2, 1, 3) * mx.sigmoid(gate)
-        return x + self.o_proj(y.reshape(b, t, -1))
+        return self.o_proj(y.reshape(b, t, -1), residual=x)
 
 
 class SparseMoeBlock(nn.Module):

@@ -6,70 +6,87 @@ What a layer multiplies by is no parameter of it: it stays in the mapped files, 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from . import ops
-from .packed import pack
+from . import mlx_metal, ops
+from .packed import PackedWeight, pack
 from .weight import Rotation, Weight, fuse_rows
 
 __all__ = ["QEmbedding", "QLinear"]
-
-
-class _Fused(nn.Module):
-    """Matrices of one input under one rotation: at most one hadamard, then one qmatmul."""
-
-    def __init__(self, weights: list[Weight]) -> None:
-        super().__init__()
-        self.packed, self.rotation = pack(fuse_rows(weights)), weights[0].rotation
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.rotation is not None:
-            r = self.rotation
-            x = ops.hadamard(x, block=r.block, pre=r.pre, post=r.post)
-        return ops.qmatmul(x, self.packed)
 
 
 class QLinear(nn.Module):
     """y = x W^T for stored matrices that share an input; results side by side, in order.
 
     Args:
-        weights: one matrix, or several of equal in_features; fused, one call per distinct rotation.
+        weights: one matrix, or several of equal in_features; on the CPU one call per distinct
+            rotation, on Metal one launch.
     """
 
     def __init__(self, *weights: Weight) -> None:
         super().__init__()
+        self.rows = sum(w.rows for w in weights)
+        self.matrices = _Matrices(weights)
+
+    def __call__(
+        self,
+        x: mx.array,
+        norm: tuple[mx.array, float] | None = None,
+        residual: mx.array | None = None,
+    ) -> mx.array:
+        """``residual + rmsnorm(x) W^T``, x's dtype.
+
+        Args:
+            x: f32, bf16 or f16 ``[..., in]``.
+            norm: f32 gamma ``[in]`` and eps; None for no norm.
+            residual: ``[..., out]`` of x's dtype, or None.
+        """
+        if mlx_metal.available():
+            flat = x.reshape(-1, x.shape[-1])
+            added = None if residual is None else residual.reshape(-1, self.rows)
+            weights = mlx_metal.resident(*self.matrices.apart)
+            y = mlx_metal.product(flat, weights, norm=norm, residual=added)
+            return y.reshape(*x.shape[:-1], self.rows)
+        wide = x.astype(mx.float32)
+        y = self.matrices.product(wide if norm is None else mx.fast.rms_norm(wide, *norm))
+        return (y if residual is None else residual + y).astype(x.dtype)
+
+    def _extra_repr(self) -> str:
+        return f"output_dims={self.rows}"
+
+
+class _Matrices:
+    """Matrices of one input: fused by rotation, and each by itself."""
+
+    def __init__(self, weights: tuple[Weight, ...]) -> None:
+        self.weights = weights
         groups: dict[Rotation | None, list[int]] = {}
         for i, w in enumerate(weights):
             groups.setdefault(w.rotation, []).append(i)
-        self.fused = [_Fused([weights[i] for i in g]) for g in groups.values()]
-        self.groups = _Groups([w.rows for w in weights], list(groups.values()))
+        self.groups = list(groups.values())
+        self.fused = [pack(fuse_rows([weights[i] for i in g])) for g in self.groups]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """f32, bf16 or f16 ``[..., in]`` -> ``[..., out]`` of x's dtype."""
-        y = self.groups.in_order([f(x.astype(mx.float32)) for f in self.fused])
-        return y.astype(x.dtype)
+    @cached_property
+    def apart(self) -> tuple[PackedWeight, ...]:
+        packed = pack(*self.weights)
+        return packed if isinstance(packed, tuple) else (packed,)
 
-    def _extra_repr(self) -> str:
-        return f"output_dims={sum(self.groups.rows)}"
-
-
-class _Groups:
-    """Which of several matrices' results lie in which group's, one behind the other."""
-
-    def __init__(self, rows: list[int], groups: list[list[int]]) -> None:
-        self.rows, self.groups = rows, groups
-
-    def in_order(self, ys: list[mx.array]) -> mx.array:
-        if len(ys) == 1:
-            return ys[0]
-        found: dict[int, mx.array] = {}
-        for y, group in zip(ys, self.groups, strict=True):
-            begin = 0
-            for i in group:
-                found[i] = y[..., begin : begin + self.rows[i]]
-                begin += self.rows[i]
-        return mx.concatenate([found[i] for i in range(len(self.rows))], -1)
+    def product(self, x: mx.array) -> mx.array:
+        """f32 ``[..., in]`` -> ``[..., out]``."""
+        parts: dict[int, mx.array] = {}
+        for group, w in zip(self.groups, self.fused, strict=True):
+            r = w.rotation
+            turned = x if r is None else ops.hadamard(x, block=r.block, pre=r.pre, post=r.post)
+            y = ops.qmatmul(turned, w)
+            if len(self.groups) == 1:
+                return y
+            ends = np.cumsum([self.weights[i].rows for i in group])
+            parts |= zip(group, mx.split(y, ends[:-1].tolist(), -1), strict=True)
+        return mx.concatenate([parts[i] for i in range(len(parts))], -1)
 
 
 class QEmbedding(nn.Module):

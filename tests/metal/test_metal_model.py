@@ -1,0 +1,72 @@
+"""Whole checkpoints on the simulated Metal device: logits, padding, and what a token launches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import recorded
+from recorded import LOGITS, TOLERANCE
+from simt import metal
+
+import hadamoe
+
+pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install 'hadamoe[mlx]')")
+
+
+def load(name, **options):
+    return hadamoe.load(recorded.checkpoint(name), framework="mlx", dtype="float32", **options)[0]
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits(name):
+    """A prompt in two chunks, then single tokens, every finding of the simulator an error."""
+    model, (ids, want, _) = load(name), recorded.logits(name)
+    ids, got, begin = mx.array(ids[:1, :12]), [], 0
+    with metal.installed():
+        cache = model.make_cache()
+        for size in (7, 3, 1, 1):
+            got.append(np.array(model(ids[:, begin : begin + size], cache=cache)))
+            begin += size
+    assert np.abs(np.concatenate(got, 1) - want[:1, :12]).max() < TOLERANCE
+
+
+def test_a_padded_batch():
+    """Sequences behind which tokens are padding have the states and logits they have alone."""
+    model = load("stdlib_jangtq2")
+    rows = [mx.array([[65, 66, 67, 68, 69]]), mx.array([[70, 71]])]
+    batch = mx.concatenate([rows[0], mx.pad(rows[1], [(0, 0), (0, 3)])])
+    token = mx.array([[5], [6]])
+    want = []
+    for row, new in zip(rows, token, strict=True):
+        alone = model.make_cache()
+        model(row, cache=alone)
+        want.append(np.array(model(new[None], cache=alone)))
+    with metal.installed():
+        cache = [type(c).merge([c, c]) for c in model.make_cache()]
+        for c in cache:
+            c.prepare(lengths=[5, 2], right_padding=[0, 3])
+        for begin, end in ((0, 3), (3, 5)):
+            mx.eval(model(batch[:, begin:end], cache=cache))
+        for c in cache:
+            c.finalize()
+        got = np.array(model(token, cache=cache))
+    assert np.abs(got - np.concatenate(want)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["stdlib_tq_apex2", "stdlib_configi"])
+def test_launches_of_a_token(name):
+    """Three for a Gated DeltaNet, two round attention, one for the head; rotations are inside."""
+    model = load(name)
+    with metal.installed() as log:
+        cache = model.make_cache()
+        mx.eval(model(mx.array([[65, 66]]), cache=cache))
+        before = len(log)
+        mx.eval(model(mx.array([[67]]), cache=cache))
+    names = Counter(launch.name.split("hadamoe_")[1].split("_")[0] for launch in log[before:])
+    linear = sum(layer.is_linear for layer in model.layers)
+    attention = len(model.layers) - linear
+    assert names == {"qmatvec": 2 * linear + 2 * attention + 1, "gated": linear}
