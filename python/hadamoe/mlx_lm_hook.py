@@ -28,8 +28,14 @@ defaults: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Wraps ``load_model``, now if mlx-lm is imported and when it is otherwise."""
+    """Wraps ``load_model``, now if mlx-lm is imported and when it is otherwise; its
+    ``load_prompt_cache`` then knows our caches."""
     when_imported("mlx_lm.utils", _wrap)
+    when_imported("mlx_lm.models.cache", _add_caches)
+
+
+def _add_caches(_: Any) -> None:
+    from . import mlx_cache  # noqa: F401  puts its classes there
 
 
 def _wrap(module: Any) -> None:

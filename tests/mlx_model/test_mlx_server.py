@@ -88,6 +88,18 @@ def test_generate(checkpoint):
     assert TEXT[:30].strip() in out
 
 
+def test_a_cached_prompt(checkpoint, tmp_path):
+    """mlx-lm loads the file before any model: it must know our caches by then."""
+    model, file = ["--model", str(checkpoint(NAME))], str(tmp_path / "prompt.safetensors")
+    ours = [*COMMAND, "--kv", "hk8v8", "--dtype", "float32"]
+    long = (checkpoint("stdlib_bf16") / "heldout.txt").read_text()[:300]
+    cache = [*ours, "cache_prompt", *model, "--prompt", long, "--prompt-cache-file", file]
+    subprocess.run(cache, capture_output=True, check=True)
+    generate = ["generate", "--prompt", "x = ", "--prompt-cache-file", file, "--max-tokens", "9"]
+    found = subprocess.run([*ours, *generate], capture_output=True, text=True, check=True)
+    assert "Generation: 9 tokens" in found.stdout
+
+
 def test_a_command_is_needed():
     found = subprocess.run([*COMMAND, "--kv", "hk4v3"], capture_output=True, text=True)
     assert found.returncode == 2
