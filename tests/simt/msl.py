@@ -16,8 +16,9 @@ import numpy as np
 
 from . import core, toolchain
 from .memory import DeviceMemory
-from .rewrite import THREAD_METHOD, Param, Unit, rewrite
+from .rewrite import THREAD_METHOD, rewrite
 from .toolchain import CompileError
+from .unit import Param, Unit
 
 INCLUDE = toolchain.HERE / "include"
 STUBS = toolchain.HERE / "stubs" / "metal"
@@ -149,7 +150,7 @@ def _build(text: str, flags: Sequence[str], source: str, target: Path) -> None:
 @cache
 def _own_version() -> str:
     """Changes when the header, the rewriter or this file does."""
-    names = ("rewrite.py", "tokens.py", "msl.py", "include/msl", "stubs")
+    names = ("rewrite.py", "tokens.py", "unit.py", "msl.py", "include/msl", "stubs")
     files = [
         p for n in names for p in sorted([toolchain.HERE / n, *(toolchain.HERE / n).rglob("*")])
     ]
@@ -252,7 +253,7 @@ class Kernel:
             self.set_constant(name, value)
         outputs = set(outputs)
         context = (C.c_uint64 * (len(self.params) + 8))()
-        regions, written = [], []
+        regions, placed = [], []
         with DeviceMemory(soft=self.checked) as memory:
             for index, k in self.slots().items():
                 param, array = self.params[k], buffers.get(index)
@@ -261,20 +262,19 @@ class Kernel:
                     context[k] = memory.put(np.zeros(64, np.uint8))
                     continue
                 if not array.flags.c_contiguous:
-                    raise ValueError(
-                        f"{self.name}: buffer {index} ({param.name}) is not contiguous"
-                    )
+                    raise ValueError(f"{self.name}: {param.name} is not contiguous")
+                place = self._same_memory(placed, param, array)
+                if place is not None:
+                    context[k] = place
+                    continue
                 fresh = index in outputs
                 address = memory.alloc(max(array.nbytes, 1)) if fresh else memory.put(array)
                 context[k] = address
+                placed.append((param, array, address))
                 granule = min(array.itemsize, 4)
-                regions.append(
-                    core.Region(
-                        address, array.nbytes, param.name, param.readonly, granule, not fresh
-                    )
-                )
-                if not param.readonly:
-                    written.append((address, array))
+                readonly = self._only_read(param, array, buffers)
+                facts = (array.nbytes, param.name, readonly, granule, not fresh)
+                regions.append(core.Region(address, *facts))
             result = core.launch(
                 self.path,
                 self.body,
@@ -287,6 +287,23 @@ class Kernel:
                 source=self.source,
                 **options,
             )
-            for address, array in written:
-                memory.get(address, array)
+            for region, (_, array, address) in zip(regions, placed, strict=True):
+                if not region.readonly:
+                    memory.get(address, array)
         return result
+
+    def _same_memory(self, placed, param, array) -> int | None:
+        """The address of a buffer that is the same memory as `array`, which may be written."""
+        for other, known, address in placed:
+            if (param.readonly and other.readonly) or not np.may_share_memory(known, array):
+                continue
+            if known.ctypes.data != array.ctypes.data or known.nbytes != array.nbytes:
+                raise ValueError(f"{self.name}: {other.name} and {param.name} overlap in part")
+            return address
+        return None
+
+    def _only_read(self, param, array, buffers) -> bool:
+        """Whether no parameter that may write has this memory."""
+        slots = self.slots()
+        writers = (i for i, k in slots.items() if not self.params[k].readonly and i in buffers)
+        return param.readonly and not any(np.may_share_memory(buffers[i], array) for i in writers)

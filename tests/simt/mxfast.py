@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from . import core, mxtext
-from .msl import compile_kernel, mlx_include
+from . import mxtext, session
+from .msl import mlx_include
 
 #: MLX puts its own header before every custom kernel.
 PREAMBLE = '#include "mlx/backend/metal/kernels/utils.h"'
-MAX_BUFFERS, MAX_THREADS = 31, 1024
+#: What mlx-lm asks a Metal device.
+DEVICE_INFO = {
+    "architecture": "simulator",
+    "device_name": "simulator",
+    "max_buffer_length": 1 << 35,
+    "max_recommended_working_set_size": 1 << 36,
+    "memory_size": 1 << 36,
+}
 _NUMPY = {
     mx.bool_: np.bool_,
     mx.uint8: np.uint8,
@@ -32,37 +38,6 @@ _NUMPY = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """How launches run; see `installed`."""
-
-    check: bool = False
-    ftz: bool = True
-    contract: bool = True
-    order: str = "butterfly"
-    schedule: str = "ascending"
-    ulp: int = 0
-    seed: int = 1
-    transactions: bool = False
-    threadgroup_limit: int = 32768
-    max_threads: int = MAX_THREADS
-    findings: str = "raise"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch as it happened. traffic: buffer name -> (bytes read, bytes written)."""
-
-    name: str
-    source: str
-    grid: tuple[int, int, int]
-    threadgroup: tuple[int, int, int]
-    findings: list[core.Finding]
-    traffic: dict[str, core.Traffic]
-    threadgroup_bytes: int
-    stats: dict[str, int]
-
-
 def to_numpy(a: mx.array) -> np.ndarray:
     """A row-contiguous copy; bfloat16 as its bits. Always at least one dimension."""
     bits = a.view(mx.uint16) if a.dtype == mx.bfloat16 else a
@@ -74,19 +49,42 @@ def from_numpy(a: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(a).view(dtype) if dtype == mx.bfloat16 else mx.array(a)
 
 
-def _shape_buffers(a: mx.array, wanted: tuple[bool, bool, bool]) -> list[np.ndarray]:
+def _input(a: mx.array, contiguous: bool) -> tuple[np.ndarray, list[int]]:
+    """An input's memory and its strides in elements."""
+    if contiguous or not a.size:
+        return to_numpy(a), [int(np.prod(a.shape[i + 1 :], dtype=int)) for i in range(a.ndim)]
+    view = np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a, copy=False)
+    strides = [s // view.itemsize for s in view.strides]
+    extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, strides, strict=True))
+    memory = np.lib.stride_tricks.as_strided(view, (extent,), (view.itemsize,))
+    return memory.copy(), strides
+
+
+def _shape_buffers(a: mx.array, strides: list[int], wanted: tuple[bool, ...]) -> list[np.ndarray]:
     """The `_shape`, `_strides` and `_ndim` parameters of an input."""
-    strides = [int(np.prod(a.shape[i + 1 :], dtype=np.int64)) for i in range(a.ndim)]
-    values = (
-        np.array(a.shape, np.int32),
-        np.array(strides, np.int64),
-        np.array([a.ndim], np.int32),
-    )
+    rank = np.array([a.ndim], np.int32)
+    values = (np.array(a.shape, np.int32), np.array(strides, np.int64), rank)
     return [v for v, w in zip(values, wanted, strict=True) if w]
 
 
-#: Options and log of each `installed` block that is open: code keeps kernels for longer than one.
-_open: list[tuple[Options, list[Launch]]] = []
+def _output(shape, dtype: mx.Dtype, init_value) -> np.ndarray:
+    if init_value is None:
+        return np.zeros(shape, _NUMPY[dtype])
+    return to_numpy(mx.full(shape, init_value, dtype=dtype))
+
+
+def _check_sizes(inputs, input_names, output_names, output_shapes, output_dtypes) -> None:
+    """MLX's own errors."""
+    for what, given, names in (
+        ("inputs", inputs, input_names),
+        ("output_shapes", output_shapes, output_names),
+        ("output_dtypes", output_dtypes, output_names),
+    ):
+        if len(given) != len(names):
+            raise ValueError(
+                f"[metal_kernel] Expected `{what}` to have size {len(names)} "
+                f"but got size {len(given)}."
+            )
 
 
 def metal_kernel(
@@ -97,9 +95,11 @@ def metal_kernel(
     header="",
     ensure_row_contiguous=True,
     atomic_outputs=False,
-    **_,
+    compile_options=None,
 ):
     """`mx.fast.metal_kernel` with the same signature; launches go to the log of `installed`."""
+    if not output_names:
+        raise ValueError("[metal_kernel] Must specify at least one output.")
 
     def call(
         *,
@@ -112,98 +112,66 @@ def metal_kernel(
         init_value=None,
         verbose=False,
         stream=None,
-        **_,
     ):
-        options, log = _open[-1]
+        _check_sizes(inputs, input_names, output_names, output_shapes, output_dtypes)
         arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
-        text = mxtext.generate(
-            name,
-            input_names,
-            output_names,
-            source,
-            header,
-            arrays,
-            output_dtypes,
-            template or [],
-            atomic_outputs,
-        )
+        body = (name, input_names, output_names, source, header)
+        text = mxtext.generate(*body, arrays, output_dtypes, template or [], atomic_outputs)
         if verbose:
             print(f"Generated source code for `{name}`:\n```\n{text.source}\n```")
         buffers = []
         for a, wanted in zip(arrays, text.shape_parameters, strict=True):
-            buffers += [to_numpy(a), *_shape_buffers(a, wanted)]
+            memory, strides = _input(a, ensure_row_contiguous)
+            buffers += [memory, *_shape_buffers(a, strides, wanted)]
         first = len(buffers)
-        for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
-            if init_value is None:
-                buffers.append(np.zeros(shape, _NUMPY[dtype]))
-            else:
-                buffers.append(to_numpy(mx.full(shape, init_value, dtype=dtype)))
+        results = list(zip(output_shapes, output_dtypes, strict=True))
+        buffers += [_output(shape, dtype, init_value) for shape, dtype in results]
         fresh = range(first, len(buffers)) if init_value is None else ()
-        log.append(_run(options, text, buffers, fresh, tuple(grid), tuple(threadgroup)))
-        if log[-1].findings and options.findings == "raise":
-            raise core.CheckError(text.name, log[-1].findings)
-        results = zip(buffers[first:], output_shapes, output_dtypes, strict=True)
-        return [from_numpy(b.reshape(s), d) for b, s, d in results]
+        include = mlx_include()
+        if include is None:
+            raise RuntimeError("the installed mlx has no Metal headers")
+        sizes = (tuple(grid), tuple(threadgroup))
+        session.run(text.name, text.source, buffers, fresh, *sizes, [include], PREAMBLE)
+        written = zip(buffers[first:], results, strict=True)
+        return [from_numpy(b.reshape(shape), dtype) for b, (shape, dtype) in written]
 
     return call
 
 
-def _run(options, text, buffers, fresh, grid, threadgroup) -> Launch:
-    if len(buffers) > MAX_BUFFERS:
-        raise ValueError(f"{text.name}: {len(buffers)} buffers, Metal allows {MAX_BUFFERS}")
-    threads = int(np.prod(threadgroup))
-    if threads > options.max_threads:
-        raise ValueError(f"{text.name}: {threads} threads a group, limit {options.max_threads}")
-    include = mlx_include()
-    if include is None:
-        raise RuntimeError("the installed mlx has no Metal headers")
-    kernel = compile_kernel(
-        text.source, text.name, [include], (), options.check, options.contract, PREAMBLE
-    )
-    size = tuple(min(a, b) for a, b in zip(threadgroup, grid, strict=True))
-    result = kernel(
-        dict(enumerate(buffers)),
-        size,
-        grid,
-        outputs=fresh,
-        ftz=options.ftz,
-        schedule=options.schedule,
-        order=options.order,
-        ulp=options.ulp,
-        seed=options.seed,
-        transactions=options.transactions,
-        threadgroup_limit=options.threadgroup_limit,
-    )
-    return Launch(
-        text.name,
-        text.source,
-        grid,
-        size,
-        result.findings,
-        result.traffic,
-        result.threadgroup_bytes,
-        result.stats,
-    )
+@contextlib.contextmanager
+def installed(**options) -> Iterator[list[session.Launch]]:
+    """Inside, MLX has a Metal device: the simulator. Yields the log of launches.
+
+    check: find races, bounds, uninitialised reads, divergence (slower), count bytes.
+    transactions: count memory lines too (slower still; needs check).
+    findings: "raise" CheckError after the launch, or "keep" them in the log.
+    threadgroup_limit, max_threads: bytes and threads a threadgroup may have.
+    ftz: flush denormals. contract: a * b + c may round once. ulp: error of exp, log, rsqrt and the
+    like. order of simd_sum and the like: butterfly, sequential, reversed. schedule of threads:
+    ascending, descending, random. seed: of the random schedule and the errors.
+    """
+    replaced = {
+        (mx.fast, "metal_kernel"): metal_kernel,
+        (mx.metal, "is_available"): lambda: True,
+        (mx, "default_device"): lambda: mx.Device(mx.gpu, 0),
+        (mx, "device_info"): lambda *_: dict(DEVICE_INFO),
+    }
+    old = {place: getattr(*place) for place in replaced}
+    with session.opened(**options) as log, _eager():
+        for (module, name), value in replaced.items():
+            setattr(module, name, value)
+        try:
+            yield log
+        finally:
+            for (module, name), value in old.items():
+                setattr(module, name, value)
 
 
 @contextlib.contextmanager
-def installed(**options) -> Iterator[list[Launch]]:
-    """Inside, MLX has a Metal device: the simulator. Yields the log of launches.
-
-    check: find races, bounds, uninitialised reads, divergence (slower). ftz: flush denormals.
-    contract: a * b + c may round once. schedule: ascending, descending or random (seed). order of
-    simd_sum: butterfly, sequential, reversed. ulp: error of exp, log, rsqrt and the like.
-    threadgroup_limit: bytes a group may use. findings: "raise" CheckError, or "keep" them in the
-    log.
-    """
-    log: list[Launch] = []
-    old = mx.fast.metal_kernel, mx.metal.is_available, mx.default_device
-    mx.fast.metal_kernel = metal_kernel
-    mx.metal.is_available = lambda: True
-    mx.default_device = lambda: mx.Device(mx.gpu, 0)
-    _open.append((Options(**options), log))
+def _eager() -> Iterator[None]:
+    """mx.compile is off inside: a simulated launch needs the values of its inputs."""
+    mx.disable_compile()
     try:
-        yield log
+        yield
     finally:
-        _open.pop()
-        mx.fast.metal_kernel, mx.metal.is_available, mx.default_device = old
+        mx.enable_compile()

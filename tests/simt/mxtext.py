@@ -58,6 +58,10 @@ class KernelText:
 
 
 def _template_value(value) -> str:
+    if not isinstance(value, (bool, int)) and value not in TYPES:
+        raise ValueError(
+            "[metal_kernel] Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`."
+        )
     return str(int(value)) if isinstance(value, (bool, int)) else TYPES[value]
 
 

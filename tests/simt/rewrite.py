@@ -8,9 +8,10 @@ constructor syntax of vectors, `thread` on methods and parameters, literals like
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 from .tokens import Tokens, is_blank, is_directive, is_name, split_commas
+from .toolchain import CompileError
+from .unit import Unit, parse_param
 
 _INTEGERS = ("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "bool")
 ELEMENTS = ("float", "half", "bfloat", *_INTEGERS)
@@ -18,49 +19,6 @@ VECTORS = {f"{element}{n}" for element in ELEMENTS for n in (2, 3, 4)}
 #: Replaced by __private, or dropped where a method's object may lie elsewhere (msl.py tries both).
 THREAD_METHOD = "/*SIMT_T*/ "
 _NOT_METHODS = ("decltype", "alignas", "__attribute__", "static_assert")
-
-
-@dataclass
-class Param:
-    """A kernel's parameter: its text, and the attribute in [[ ]] with its argument."""
-
-    text: str
-    name: str
-    attribute: str | None
-    argument: str | None
-
-    @property
-    def is_buffer(self) -> bool:
-        return self.attribute in (None, "buffer")
-
-    @property
-    def readonly(self) -> bool:
-        words = re.split(r"[*&]", self.text)[0].split()
-        return "const" in words or "constant" in self.text.split()
-
-
-@dataclass
-class Unit:
-    """A rewritten source."""
-
-    text: str = ""
-    kernels: dict[str, list[Param]] = field(default_factory=dict)
-    #: host_name -> the template-id it stands for
-    instances: dict[str, str] = field(default_factory=dict)
-    #: function constant -> (index, type)
-    constants: dict[str, tuple[str, str]] = field(default_factory=dict)
-    lint: list[str] = field(default_factory=list)
-
-
-def parse_param(tokens: list[str]) -> Param:
-    text = "".join(t for t in tokens if not is_directive(t)).strip()
-    found = re.search(r"\[\[\s*(\w+)\s*(?:\(\s*([^)]*)\s*\))?\s*\]\]", text)
-    text = re.sub(r"\[\[.*?\]\]", "", text, flags=re.S).strip()
-    text = re.sub(r"(\w+)\s*\[[^\]]*\]\s*$", r"* \1", text)
-    name = re.search(r"(\w+)\s*$", text)
-    if name is None:
-        raise ValueError(f"a kernel's parameter has no name: {text!r}")
-    return Param(text, name[1], *(found.groups() if found else (None, None)))
 
 
 def rewrite(preprocessed: str) -> Unit:
@@ -74,6 +32,7 @@ class _Rewriter:
         self.out: list[str] = []
         self.unit = Unit()
         self.vectors = set(VECTORS)
+        self.type_parameters: set[str] = set()
         self.scopes: list[str | None] = []  # a class's name inside its body, else None
         self.class_name: str | None = None  # of a class whose body has not begun
         self.statement: list[str] = []
@@ -88,6 +47,8 @@ class _Rewriter:
             "using": self._alias,
             "typedef": self._alias,
             "static_cast": self._static_cast,
+            "typename": self._type_parameter,
+            "class": self._type_parameter,
             "vec": self._vec_template,
         }
 
@@ -116,6 +77,8 @@ class _Rewriter:
             return rule(i)
         if token in self.vectors:
             return self._vector(i)
+        if token in self.type_parameters:
+            return self._type_parameter_cast(i)
         lower = token.lower()
         if re.match(r"\.?\d", token) and lower.endswith("bf") and not lower.startswith("0x"):
             self.out.append(f"((bfloat){token[:-2]}f)")
@@ -163,14 +126,13 @@ class _Rewriter:
             tokens = Tokens(text[text.index("decltype") + len("decltype") :])
             opener = tokens.all.index("(")
             return tokens.text(opener + 1, tokens.close(opener)).strip()
-        found = re.search(r"\]\]\s*void\s+([\w:]+\s*(?:<.*?>)?)\s*\(", text, re.S) or re.search(
-            r"\]\]\s*(?:kernel\b|\[\[kernel\]\])\s*[\w:]+(?:\s*<[^;]*?>)?\s+"
-            r"([\w:]+\s*(?:<[^;]*>)?)\s*$",
+        found = re.search(r"\bvoid\s+([\w:]+\s*(?:<.*?>)?)\s*\(", text, re.S) or re.search(
+            r"\bkernel\b(?:\s*\]\])?\s*[\w:]+(?:\s*<[^;]*?>)?\s+([\w:]+\s*(?:<[^;]*>)?)\s*$",
             text,
             re.S,
         )
         if not found:
-            raise ValueError(f"an instantiation this simulator cannot read: {text.strip()!r}")
+            raise CompileError(f"an instantiation this simulator cannot read: {text.strip()!r}")
         return found[1].strip()
 
     def _attribute(self, i: int) -> int | None:
@@ -327,6 +289,25 @@ class _Rewriter:
         if "&" in target or "*" in target:
             return None
         self.out.append("msl::cast1")
+        return i + 1
+
+    def _type_parameter(self, i: int) -> None:
+        """Notes T of `template <typename T>`."""
+        tokens = self.tokens
+        name = tokens.after(i)
+        if tokens[max(0, tokens.before(i))] in ("<", ",") and tokens[tokens.after(name)] in ",>=":
+            self.type_parameters.add(tokens[name])
+
+    def _type_parameter_cast(self, i: int) -> int | None:
+        """T(x) also converts between half and bfloat, and between vectors"""
+        tokens = self.tokens
+        opener = tokens.after(i)
+        before = tokens[max(0, tokens.before(i))]
+        if tokens[opener] != "(" or before in ("operator", "~", "::", ".", "->", "typename"):
+            return None
+        if len(split_commas(tokens[opener + 1 : tokens.close(opener)])) != 1:
+            return None
+        self.out.append(f"msl::cast1<{tokens[i]}>")
         return i + 1
 
     def _vector(self, i: int) -> int | None:

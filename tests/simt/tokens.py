@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .toolchain import CompileError
+
 _TOKEN = re.compile(
     r"""\s+|^\#[^\n]*|//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\.?\d(?:[eEpP][+-]|[\w.])*"""
     r"""|[A-Za-z_]\w*|::|->|\+\+|--|<<=|>>=|<<|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|\.\.\.|\[\[|.""",
@@ -96,7 +98,7 @@ class Tokens:
                 if depth == 0:
                     return i
             i += 1
-        raise ValueError(f"a {opener} is never closed")
+        raise CompileError(f"a {opener} is never closed")
 
     def close_angle(self, i: int) -> int:
         """Index of the > that closes the < at i, or -1 where it is a comparison."""
