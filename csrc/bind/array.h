@@ -29,7 +29,7 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
     api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (api && api->version.major != 1) api = api->prev_api;
   if (api && !api->dltensor_from_py_object_no_sync) api = nullptr;
-  Py_INCREF(type);
+  Py_INCREF(reinterpret_cast<PyObject*>(type));
   known[next++ % 8] = {type, api};
   return api;
 }
