@@ -90,3 +90,18 @@ def decode(
         (-(-32 * pages * PAGE // 4 // threads), 1, 1),
         threads,
     )
+
+
+def scores(rows: int, pages: int, codec: str, d: int) -> Launch:
+    """`kv_ops.kv_scores` of q ``[rows, d]`` and u8 ``[pages, bytes]``."""
+    constants = {"CODEC": CODECS[codec], "D": d, "ROWS": rows, "PAGES": pages, "ROOT": _root(d)}
+    outputs = (
+        Output("q8", (rows, d), "int8"),
+        Output("unit", (rows,), "float32"),
+        Output("scores", (rows, pages * PAGE), "int32"),
+    )
+    inputs = {"q": None, "pages": None, "signs": None}
+    groups = (-(-pages // 8), -(-rows // 8), 1)
+    return Launch(
+        "kv_scores", "kv_scores", constants, inputs, outputs, groups, THREADS, (("float4", 2 * d),)
+    )

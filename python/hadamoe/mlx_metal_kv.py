@@ -12,7 +12,7 @@ from .kv import KEY_SEED, PAGE, VALUE_SEED, page_bytes, signs
 from .mlx_metal import dtype_name, run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
-__all__ = ["kv_decode", "kv_encode"]
+__all__ = ["kv_decode", "kv_encode", "kv_scores"]
 
 
 @cache
@@ -55,3 +55,9 @@ def kv_decode(
     arrays = {"pages": flat, "signs": _signs(side, d), "book": _book(codec, d)}
     (rows,) = run(launch, arrays)
     return rows.reshape(*lead, PAGE, d)
+
+
+def kv_scores(q: mx.array, pages: mx.array, codec: str) -> tuple[mx.array, mx.array, mx.array]:
+    """`kv_ops.kv_scores`: q8 i8 ``[r, d]``, unit f32 ``[r]``, scores i32 ``[r, 64 p]``."""
+    launch = metal_kv.scores(q.shape[0], pages.shape[0], codec, q.shape[1])
+    return tuple(run(launch, {"q": q, "pages": pages, "signs": _signs("key", q.shape[1])}))
