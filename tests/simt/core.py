@@ -203,7 +203,8 @@ def source_lines(path: str, addresses: Sequence[int]) -> dict[int, str]:
     for address, block in zip(places, answer, strict=True):
         for line in block.splitlines()[1:]:  # innermost inlined function first
             name = os.path.basename(re.sub(r" \(discriminator.*", "", line))
-            if "?" not in name and not name.startswith(OWN_FILES):
+            own = name.startswith(OWN_FILES) or str(toolchain.HERE / "include") in line
+            if "?" not in name and not own:
                 places[address] = name
                 break
     return places
@@ -219,7 +220,7 @@ def _findings(lib: C.CDLL, path: str, lines: Sequence[str]) -> list[Finding]:
         where = places.get(r.pc, "")
         if r.file:
             where = f"{os.path.basename(r.file.decode())}:{r.line}"
-        line = re.fullmatch(r"kernel\.metal:(\d+)", where)
+        line = re.fullmatch(r"kernel\.(?:metal|cu):(\d+)", where)
         code = lines[int(line[1]) - 1].strip() if line and int(line[1]) <= len(lines) else ""
         who = {}
         if r.in_kernel:

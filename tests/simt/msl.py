@@ -94,7 +94,7 @@ def explain(messages: str, source: str) -> str:
         if ": error:" not in message and ": note:" not in message:
             continue
         shown.append(message)
-        place = re.match(rf"{re.escape(SOURCE_NAME)}:(\d+):", message)
+        place = re.match(r"kernel\.(?:metal|cu):(\d+):", message)
         if place and 0 < int(place[1]) <= len(lines):
             shown.append(f"    {place[1]} | {lines[int(place[1]) - 1].strip()}")
     return "\n".join(shown[:60]) or messages[:2000]
