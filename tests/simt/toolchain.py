@@ -93,7 +93,7 @@ def cache_folder() -> Path:
 
 
 def _prune(folder: Path) -> None:
-    files = sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime)
+    files = sorted(filter(Path.is_file, folder.iterdir()), key=lambda p: p.stat().st_mtime)
     for path in files[: max(0, len(files) - CACHED_FILES)]:
         path.unlink(missing_ok=True)
 
