@@ -2,8 +2,9 @@
 
 Targets: ``native`` (this CPU's compiler), ``amx`` (the same, with AMX even where the CPU lacks it:
 amx_traps.cpp), ``sanitized`` (with AddressSanitizer and UBSan, and such AMX), ``threads``
-(ThreadSanitizer), ``aarch64`` (cross-compiled, run under qemu). Objects are cached by the hash of
-everything that goes into them, in a folder of the system's temporary directory.
+(ThreadSanitizer), ``aarch64`` (cross-compiled, run under qemu), ``m1`` (the same, its kernels by
+the macOS wheel's compiler for a Mac's processor). Objects are cached by the hash of everything that
+goes into them, in a folder of the system's temporary directory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from simt import toolchain
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -31,30 +34,41 @@ EXTRA = {
     "sanitized": [*SANITIZE, "-fsanitize=address,undefined"],
     "threads": [*SANITIZE, "-fsanitize=thread"],
     "aarch64": ["-static"],
+    "m1": ["-static"],
 }
+ARM = ("aarch64", "m1")
+#: What ziglang compiles for when a Mac is the target, with Linux's calling convention.
+M1 = ["-target", "aarch64-linux-musl", "-mcpu=apple_m1"]
 #: Targets that run AMX's instructions wherever they are.
 TRAPS = ("amx", "sanitized")
 #: Debian packages that bring what a target needs beyond a C++ compiler.
-PACKAGES = {"aarch64": "g++-aarch64-linux-gnu and qemu-user", "qemu-x86_64": "qemu-user"}
+PACKAGES = {
+    "aarch64": "g++-aarch64-linux-gnu and qemu-user",
+    "m1": "g++-aarch64-linux-gnu and qemu-user; PyPI: ziglang",
+}
 
 
 def compiler(target: str) -> str | None:
     """The compiler of a target, or None where it is not installed."""
-    if target == "aarch64" and platform.machine() != "aarch64":
+    if target in ARM and platform.machine() != "aarch64":
         return shutil.which(CROSS)
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
 
 def emulator(target: str) -> list[str]:
     """What runs a target's programs on this machine."""
-    return ["qemu-aarch64"] if target == "aarch64" and platform.machine() != "aarch64" else []
+    if target not in ARM or platform.machine() == "aarch64":
+        return []
+    return ["qemu-aarch64", *(["-cpu", "max"] if target == "m1" else [])]
 
 
 @cache
 def available(target: str) -> bool:
     """Whether the target can be built and run here (a sanitizer may be absent from a toolchain)."""
     cxx = compiler(target)
-    if cxx is None or not all(map(shutil.which, emulator(target))):
+    if cxx is None or not all(map(shutil.which, emulator(target)[:1])):
+        return False
+    if target == "m1" and toolchain.zig() is None:
         return False
     with tempfile.TemporaryDirectory() as tmp:
         flags = [f for f in EXTRA[target] if f.startswith(("-fsanitize", "-static"))]
@@ -82,7 +96,7 @@ def isa_flags() -> dict[str, list[str]]:
 
 def units(target: str) -> dict[Path, list[str]]:
     """Every translation unit of the runner and its own flags."""
-    arm = target == "aarch64" or not X86
+    arm = target in ARM or not X86
     isas = ["generic", "neon"] if arm else ["generic", "avx2", "avx512", "amx"]
     flags = isa_flags()
     traps = Path(__file__).with_name("amx_traps.cpp")
@@ -128,15 +142,18 @@ def _make(command: list[str], output: Path) -> Path:
 
 def compile_one(path: Path, target: str) -> Path:
     """The object file of one translation unit."""
-    cxx = compiler(target)
-    assert cxx, missing(target)
-    if target == "threads" and path.stem.startswith("isa_"):
+    command = [compiler(target)]
+    assert command[0], missing(target)
+    kernels = path.stem.startswith("isa_")
+    if target == "threads" and kernels:
         target = "native"  # kernels share nothing: races are in the pool and the ops
+    if target == "m1" and kernels:
+        command = [toolchain.zig(), "c++", *M1]
     # The target's flags come last: a sanitizer's -O1 replaces the -O3 of the kernels.
-    flags = [*COMMON, *units(target)[path], *EXTRA[target]]
-    key = "".join([cxx, *flags, _headers_hash(), path.read_text()])
+    command += [*COMMON, *units(target)[path], *EXTRA[target]]
+    key = "".join([*command, _headers_hash(), path.read_text()])
     name = f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.o"
-    return _make([cxx, *flags, "-c", str(path)], _folder() / name)
+    return _make([*command, "-c", str(path)], _folder() / name)
 
 
 def runner(target: str) -> Path:

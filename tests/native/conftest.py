@@ -14,6 +14,7 @@ RUNNERS = {
     "sanitized": ("sanitized", [], None),
     "amx": ("amx", [], None),
     "neon": ("aarch64", build.emulator("aarch64"), ["generic", "neon"]),
+    "m1": ("m1", build.emulator("m1"), ["generic", "neon"]),
     "nehalem": ("native", qemu("Nehalem"), ["generic"]),
     "haswell": ("native", qemu("Haswell"), ["generic", "avx2"]),
 }
