@@ -143,6 +143,9 @@ class Bound {
   void* handle_ = nullptr;
 };
 
+// What another extension needs to run an op: its entry of the table.
+nb::capsule op(const std::string& name) { return nb::capsule(&find(name), "hm_op"); }
+
 std::vector<std::tuple<std::string, int, std::string>> instances() {
   std::vector<std::tuple<std::string, int, std::string>> list;
 #define X(table, bits, scale) list.emplace_back(#table, bits, #scale);
@@ -178,6 +181,7 @@ NB_MODULE(_cpu, m) {
     for (int32_t i = 0; i < count; ++i) names.emplace_back(table[i].name);
     return names;
   });
+  m.def("op", &hm::op, "name"_a);
   m.def("instances", &hm::instances);
   m.def("kv_codecs", &hm::kv_codecs);
   m.def("kv_page_bytes", &hm_kv_page_bytes, "codec"_a, "head_dim"_a);

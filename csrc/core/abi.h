@@ -38,9 +38,11 @@ struct hm_args {
   int32_t n_ints;
   const double* floats;
   int32_t n_floats;
+  // Not 0: stop behind what shapes, dtypes, weights and numbers say; other arrays may have ndim without data.
+  int32_t check = 0;
 };
 
-// Runs the contract first (nothing is written when it fails), then the kernel.
+// Runs the contract first (nothing is written when it fails), then, unless `check`, the kernel.
 // Returns nullptr, or the reason as text owned by the calling thread until its next call.
 typedef const char* (*hm_op_fn)(const hm_args*);
 

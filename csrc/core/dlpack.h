@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 enum DLDeviceType : int32_t { kDLCPU = 1, kDLCUDA = 2, kDLMetal = 8 };
-enum DLDataTypeCode { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6 };
+enum DLDataTypeCode { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5, kDLBool = 6 };
 
 struct DLDevice {
   DLDeviceType device_type;

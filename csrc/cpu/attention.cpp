@@ -170,7 +170,7 @@ const char* op_attention(const hm_args* args) {
     task.proj_dtype = storage(in[0]);
     task.y = data(out[0]);
     task.y_dtype = storage(out[0]);
-    if (!task.batch || !task.tokens) return;
+    if (args->check || !task.batch || !task.tokens) return;
     const int64_t chunk = attention_chunk(task.batch, task.tokens);
     for (int64_t i = 0; i < task.tokens; i += chunk)
       run_attention(task, i, std::min(chunk, task.tokens - i), false);

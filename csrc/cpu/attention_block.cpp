@@ -48,7 +48,7 @@ struct Paged {
     check_projected(c, norms, a.in + kCos, task);
     check_heads(c, heads, a.floats[0], task);
     task.scale = 1;
-    cache.check_tables(c, task.tokens, true);
+    if (!a.check) cache.check_tables(c, task.tokens, true);
   }
   void run(const Contract& c, const AttentionTask& t, int64_t first, int64_t count) const {
     KvTask all = cache.task;
@@ -99,7 +99,7 @@ class AttentionBlock {
     const Cache cache(c, a, a.in + kBegin + kHeadNorms, heads_);
     const AttentionTask& task = cache.task;
     c.shape("y", a.out[0], "btk").dtype("y", a.out[0], "f32");
-    if (!task.batch || !task.tokens) return;
+    if (a.check || !task.batch || !task.tokens) return;
     const int64_t chunk = attention_chunk(task.batch, task.tokens);
     for (int64_t first = 0; first < task.tokens; first += chunk)
       step(a, c, cache, first, std::min(chunk, task.tokens - first));

@@ -1,7 +1,8 @@
 // gated_delta: in proj[b,t,w] f32|bf16|f16 (qkv c | z hv*dv | b hv | a hv, c = 2*hk*dk + hv*dv),
-// conv_weight f32[c,n], a_log f32[h], dt_bias f32[h], norm f32[v]; out y[b,t,m] f32 or proj's dtype,
-// m = hv*dv, conv_state f32[b,c,n] and state f32[b,h,k,v], both read and replaced;
+// conv_weight f32[c,n], a_log f32[h], dt_bias f32[h], norm f32[v], counts? i64[b]; out y[b,t,m] f32 or
+// proj's dtype, m = hv*dv, conv_state f32[b,c,n] and state f32[b,h,k,v], both read and replaced;
 // ints hk, hv, dk, dv; floats eps. n taps, the newest input last. h = hv, k = dk, v = dv.
+// Tokens of sequence b from counts[b] on are not there: their y is 0, the states do not see them.
 #include "gated_delta_plan.h"
 
 #include <algorithm>
@@ -77,7 +78,7 @@ void run_gated_delta(GatedDeltaTask task) {
 const char* op_gated_delta(const hm_args* args) {
   return guarded([&] {
     Contract c("gated_delta");
-    c.arity(*args, 5, false, 3, 4, 1);
+    c.arity(*args, 5, args->n_in == 6, 3, 4, 1);
     const DLTensor &proj = args->in[0], &y = args->out[0];
     GatedDeltaTask task{};
     check_gated_delta_sizes(c, args->ints, args->floats[0], task);
@@ -86,8 +87,13 @@ const char* op_gated_delta(const hm_args* args) {
     const std::string narrow = dtype_name(proj.dtype);
     c.shape("y", y, "btm").dtype("y", y, narrow == "f32" ? narrow : "f32 " + narrow);
     check_gated_delta_states(c, args->out + 1, task);
+    if (args->n_in == 6 && present(args->in[5])) {
+      c.shape("counts", args->in[5], "b").dtype("counts", args->in[5], "i64");
+      task.counts = reinterpret_cast<const int64_t*>(data(args->in[5]));
+    }
     task.batch = c['b'];
     task.tokens = c['t'];
+    if (args->check) return;
     task.proj = data(proj);
     task.proj_dtype = storage(proj);
     task.y = data(y);

@@ -23,6 +23,12 @@ namespace {
 constexpr int kPackedRows = 128;  // of S: 16 or 32 KB of a slice in the first-level cache
 constexpr int kStrip = 128;  // channels convolved together: window and weights of 4 taps are 4 KB
 
+// Tokens of the chunk that sequence b has.
+inline int64_t tokens_of(const GatedDeltaTask& t, int64_t b) {
+  const int64_t left = t.counts ? t.counts[b] - t.first : t.count;
+  return left < 0 ? 0 : left < t.count ? left : t.count;
+}
+
 inline int whole_vectors(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Storage keeps the taps of a channel together, vectors want channels: rows[j][i] = columns[i][j] and back.
@@ -43,7 +49,7 @@ inline void to_columns(const float* const* rows, float* columns, int n, int taps
 
 // x f32[count, n] (row stride `stride`): channels first.. of sequence b, convolved; the state moves on.
 template <int Taps>
-void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t first, int n, float* x, int64_t stride) {
+void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t count, int64_t first, int n, float* x, int64_t stride) {
   const int taps = Taps ? Taps : t.taps, width = whole_vectors(n), bytes = t.proj_dtype == hm_f32 ? 4 : 2;
   alignas(64) float weight[kMostTaps][kStrip], window[kMostTaps][kStrip], out[kStrip];
   float* state = t.conv_state + (b * t.channels + first) * taps;
@@ -52,7 +58,7 @@ void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t first, int n, float*
   float* rows[kMostTaps];  // of the window, oldest first
   for (int j = 0; j < taps; ++j) rows[j] = window[j];
   const char* proj = static_cast<const char*>(t.proj) + ((b * t.tokens + t.first) * t.proj_width + first) * bytes;
-  for (int64_t i = 0; i < t.count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     float* newest = rows[0];
     for (int j = 0; j + 1 < taps; ++j) rows[j] = rows[j + 1];
     rows[taps - 1] = newest;
@@ -71,7 +77,7 @@ void conv_strip(const GatedDeltaTask& t, int64_t b, int64_t first, int n, float*
 void gated_delta_conv(const GatedDeltaTask& t, int64_t begin, int64_t end) {
   const int64_t heads = 2 * t.hk + t.hv;
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / heads, head = u % heads;
+    const int64_t b = u / heads, head = u % heads, count = tokens_of(t, b);
     const bool value = head >= 2 * t.hk;
     const int64_t n = value ? t.dv : t.dk;
     const int64_t first = value ? 2 * t.hk * t.dk + (head - 2 * t.hk) * t.dv : head * t.dk;
@@ -79,13 +85,13 @@ void gated_delta_conv(const GatedDeltaTask& t, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < n; c += kStrip) {
       const int strip = n - c < kStrip ? int(n - c) : kStrip;
       if (t.taps == 4)
-        conv_strip<4>(t, b, first + c, strip, x + c, t.channels);
+        conv_strip<4>(t, b, count, first + c, strip, x + c, t.channels);
       else
-        conv_strip<0>(t, b, first + c, strip, x + c, t.channels);
+        conv_strip<0>(t, b, count, first + c, strip, x + c, t.channels);
     }
     if (value) continue;
     const float scale = head < t.hk ? float(1.0 / sqrt(double(t.dk))) : 1.0f;
-    for (int64_t i = 0; i < t.count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       float* row = x + i * t.channels;
       const float inverse = 1.0f / sqrtf(sum_of_squares(row, n) + 1e-6f);
       for (int64_t c = 0; c < n; ++c) row[c] = row[c] * inverse * scale;
@@ -136,12 +142,12 @@ inline void step(float* s, int64_t stride, int64_t dk, const float* q, const flo
   for (int j = 0; j < V; ++j) put(v + j * kLanes, out[j]);
 }
 
-// All tokens of the chunk on columns column.. of S; `s` is where the first of them is kept.
+// All tokens of the sequence in the chunk on columns column.. of S; `s` is where the first of them is kept.
 template <int V, bool Tail>
 inline void walk(const GatedDeltaTask& t, float* s, int64_t stride, int64_t b, int64_t h, int64_t column,
                  const Gates* g, int n) {
-  const int64_t key = h / (t.hv / t.hk);
-  for (int64_t i = 0; i < t.count; ++i) {
+  const int64_t key = h / (t.hv / t.hk), count = tokens_of(t, b);
+  for (int64_t i = 0; i < count; ++i) {
     float* x = t.qkv + (b * t.count + i) * t.channels;
     const float *q = x + key * t.dk, *k = q + t.hk * t.dk;
     step<V, Tail>(s, stride, t.dk, q, k, x + 2 * t.hk * t.dk + h * t.dv + column, g[i], n);
@@ -179,12 +185,19 @@ inline void gated_norm(const GatedDeltaTask& t, const float* o, int64_t row, int
   }
 }
 
+inline void no_output(const GatedDeltaTask& t, int64_t row, int64_t h) {
+  const int64_t bytes = t.dv * (t.y_dtype == hm_f32 ? 4 : 2);
+  memset(static_cast<char*>(t.y) + (row * t.hv + h) * bytes, 0, size_t(bytes));
+}
+
 // Units: sequences times value heads.
 void gated_delta_rule(const GatedDeltaTask& t, int64_t begin, int64_t end) {
   Gates g[kMostTokens];
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / t.hv, h = u % t.hv, row = b * t.tokens + t.first;
-    for (int64_t i = 0; i < t.count; ++i) g[i] = gates(t, row + i, h);
+    const int64_t b = u / t.hv, h = u % t.hv, row = b * t.tokens + t.first, count = tokens_of(t, b);
+    for (int64_t i = count; i < t.count; ++i) no_output(t, row + i, h);
+    if (!count) continue;
+    for (int64_t i = 0; i < count; ++i) g[i] = gates(t, row + i, h);
     float* s = t.state + u * t.dk * t.dv;
     int64_t c = 0;
     // One token streams whole rows of S from memory; several keep a slice in the first-level cache.
@@ -193,7 +206,7 @@ void gated_delta_rule(const GatedDeltaTask& t, int64_t begin, int64_t end) {
     for (; c + 4 * kLanes <= t.dv; c += 4 * kLanes) slice<4>(t, s, b, h, c, g);
     for (; c + kLanes <= t.dv; c += kLanes) slice<1>(t, s, b, h, c, g);
     if (c < t.dv) slice<1, true>(t, s, b, h, c, g, int(t.dv - c));
-    for (int64_t i = 0; i < t.count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const float* o = t.qkv + (b * t.count + i) * t.channels + 2 * t.hk * t.dk + h * t.dv;
       gated_norm(t, o, row + i, h);
     }

@@ -4,7 +4,9 @@
 // replaced; ints hk, hv, dk, dv, hidden_block, inner_block (-1: no rotation), rotated (bit i: role i reads
 // rotated input); floats eps. Letters as in gated_delta.
 //
-//   y = x + out(gated_delta(qkv, z, b, a of rmsnorm(x)))      y may be x; a masked token's rmsnorm(x) is 0
+//   y = x + out(gated_delta(qkv, z, b, a of rmsnorm(x)))      y may be x
+//
+// A masked token's rmsnorm(x) is 0; those behind a sequence's last unmasked one leave its states as they are.
 #include <algorithm>
 
 #include "fused.h"
@@ -20,6 +22,17 @@ constexpr const char* kRoleNames[kRoles] = {"qkv", "z", "b", "a", "out"};
 constexpr RotationNames kHiddenNames{"norm", "hidden_block", "hidden_pre", "hidden_post", "pq"};
 constexpr RotationNames kInnerNames{"out", "inner_block", "inner_pre", "inner_post", "rs"};
 constexpr int64_t kBatch = 512;  // tokens at once: their projections take 25 MB
+
+// Where the last unmasked token of each sequence ends.
+std::vector<int64_t> unmasked(const uint8_t* mask, int64_t batch, int64_t tokens) {
+  std::vector<int64_t> counts;
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t count = tokens;
+    while (count > 0 && !mask[b * tokens + count - 1]) --count;
+    counts.push_back(count);
+  }
+  return counts;
+}
 
 class GatedDeltaBlock {
  public:
@@ -52,10 +65,15 @@ class GatedDeltaBlock {
     c.shape("y", a.out[0], "btx").dtype("y", a.out[0], "f32");
     check_gated_delta_states(c, a.out + 1, task);
     task.batch = c['b'];
-    if (!task.batch) return;
+    if (a.check || !task.batch) return;
     const int64_t tokens = c['t'], chunk = std::max<int64_t>(1, kBatch / task.batch);
-    for (int64_t first = 0; first < tokens; first += chunk)
+    std::vector<int64_t> counts;
+    if (present(a.in[kMask])) counts = unmasked(reinterpret_cast<const uint8_t*>(data(a.in[kMask])), task.batch, tokens);
+    for (int64_t first = 0; first < tokens; first += chunk) {
+      task.counts = counts.empty() ? nullptr : counts.data();
       step(a, task, {task.batch, tokens, hidden_->k(), first, std::min(chunk, tokens - first)});
+      for (int64_t& count : counts) count -= chunk;  // the next chunk's tokens begin at 0
+    }
   }
 
  private:

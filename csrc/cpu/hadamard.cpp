@@ -23,7 +23,7 @@ const char* op_hadamard(const hm_args* args) {
     const std::string narrow = dtype_name(x.dtype);
     c.dtype("y", y, narrow == "f32" ? narrow : "f32 " + narrow);
     RowRotation::check_signs(c, kNames, columns, pre, post);
-    if (!c['r'] || !k) return;
+    if (args->check || !c['r'] || !k) return;
 
     const RowRotation rotation(k, columns, block, pre, post);
     const HadamardTask task = rotation.task(data(x), storage(x), data(y), storage(y));

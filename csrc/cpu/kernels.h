@@ -169,6 +169,7 @@ struct GatedDeltaTask {
   int taps;
   float eps;
   int64_t first, count;  // tokens of this chunk
+  const int64_t* counts;  // [batch]: tokens each sequence has, the others leave no trace; nullptr: all
   float* qkv;            // [batch, count, channels]: q | k | v of the chunk; the rule puts S^T q over v
 };
 

@@ -332,6 +332,7 @@ const char* op_kv_attend(const hm_args* args) {
     task.q_in = asks ? data(in[0]) : nullptr;
     task.k_in = gives ? data(in[1]) : nullptr;
     task.v_in = gives ? data(in[2]) : nullptr;
+    if (args->check) return;
     cache.check_tables(c, c['t'], gives);
     if (!a.batch || !c['t']) return;
     const int64_t tokens = c['t'], chunk = attention_chunk(a.batch, tokens);

@@ -235,6 +235,7 @@ class MoePlan {
   void call(const hm_args& a) const {
     Contract c = moe_.contract();
     moe_.check_call(c, a);
+    if (a.check) return;
     Run run(moe_, a);
     const int64_t tokens = c['t'], most = tokens < kBatch ? tokens : kBatch;
     std::vector<int32_t> expert(size_t(most * moe_.top_k));

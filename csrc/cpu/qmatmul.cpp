@@ -37,6 +37,7 @@ const char* op_qmatmul(const hm_args* args) {
     if (!gathers)
       c.require(weight.experts == 1, "parts",
                 "has " + std::to_string(weight.experts) + " experts, needs 1 without expert");
+    if (args->check) return;
     Tokens tokens(c['k']);
     tokens.add_reader(c, "parts", weight);
     const int64_t each = gathers ? c['a'] : 1, count = c['r'] * each;

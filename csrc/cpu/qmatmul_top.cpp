@@ -91,6 +91,7 @@ class Top {
     const int64_t top = c['a'], rows = weight_->parts.rows, most = std::min(rows, kMostTop);
     c.require(top > 0 && top <= most, "value",
               "has a=" + std::to_string(top) + ", needs 1.." + std::to_string(most));
+    if (a.check) return;
     const int64_t item = scale_bytes(storage(a.in[kX]));
     for (int64_t t = 0; t < c['t']; t += kTokens)
       batch(data(a.in[kX]) + t * input_->k() * item, storage(a.in[kX]), std::min(kTokens, c['t'] - t), top,

@@ -17,7 +17,7 @@ struct RepeatedSigns {
     if (!present(t)) return;
     values = reinterpret_cast<const float*>(data(t));
     period = t.shape[0];
-    if (period == columns || (block && period % block == 0)) return;
+    if (!values || period == columns || (block && period % block == 0)) return;
     storage.resize(size_t(columns));
     for (int64_t i = 0; i < columns; ++i) storage[size_t(i)] = values[i % period];
     values = storage.data();

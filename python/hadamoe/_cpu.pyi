@@ -41,6 +41,9 @@ class Bound:
 def ops() -> list[str]:
     """Names of the ops."""
 
+def op(name: str) -> Any:
+    """The op's ``hm_op`` (csrc/core/abi.h) in a capsule, for another extension. Raises KeyError."""
+
 def instances() -> list[tuple[str, int, str]]:
     """(table, bits, scale) of every compiled instance, in the order of csrc/core/instances.h."""
 

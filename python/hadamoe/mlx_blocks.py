@@ -14,7 +14,8 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import mlx_metal, mlx_metal_delta, ops
+from . import ops
+from .mlx import gated_delta_block
 from .mlx_layers import QLinear
 from .roles import DeltaWeights, MoeWeights
 from .weight import Weight
@@ -56,44 +57,19 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
         """``x + delta(rmsnorm(x))`` of f32 ``[batch, tokens, hidden]``.
 
-        mask: bool ``[batch, tokens]``; a token where it is False changes no state.
+        mask: bool ``[batch, tokens]``: False is padding, before or behind a sequence's tokens.
         """
-        y, *states = self._advance(x, mask, *self.states(x.shape[0], cache))
+        a = self.args
+        vectors = self._conv_weight, self._a_log, self._dt_bias, self._gated_norm
+        y, *states = gated_delta_block(
+            x, self._norm, self.packed, *vectors, *self.states(x.shape[0], cache), mask=mask,
+            heads=(a.linear_num_key_heads, a.linear_num_value_heads),
+            head_dims=(a.linear_key_head_dim, a.linear_value_head_dim), eps=a.rms_norm_eps,
+        )  # fmt: skip
         if cache is not None:
             cache[0], cache[1] = states
             cache.advance(x.shape[1])
         return y
-
-    def _advance(self, x: mx.array, mask: Any, *states: mx.array) -> list[mx.array]:
-        """[y, conv window, state]; each sequence by itself where one has padding, which is not
-        fed."""
-        a = self.args
-        sizes = {
-            "heads": (a.linear_num_key_heads, a.linear_num_value_heads),
-            "head_dims": (a.linear_key_head_dim, a.linear_value_head_dim),
-            "eps": a.rms_norm_eps,
-        }
-        vectors = self._conv_weight, self._a_log, self._dt_bias, self._gated_norm
-        if mlx_metal.available():
-            if mask is not None:
-                ends = mx.where(mask, mx.arange(1, mask.shape[1] + 1), 0).max(axis=1)
-                sizes |= {"mask": mask, "lengths": ends.astype(mx.int32)}
-            fixed = self._norm, self.packed, *vectors
-            return mlx_metal_delta.gated_delta_block(x, *fixed, *states, **sizes)
-        if mask is None or bool(mx.all(mask)):
-            states = [mx.contiguous(s) + 0 for s in states]  # to be written into
-            fixed = self._norm, self.packed, *vectors
-            return [ops.gated_delta_block(x, *fixed, *states, **sizes), *states]
-        rows: list[list[mx.array]] = []
-        for i, real in enumerate(np.array(mask)):
-            parts = [a[i : i + 1] for a in (x, *states)]
-            begin, count = int(real.argmax()), int(real.sum())
-            if count:
-                row, *new = self._advance(parts[0][:, begin : begin + count], None, *parts[1:])
-                whole = [parts[0][:, :begin], row, parts[0][:, begin + count :]]
-                parts = [mx.concatenate(whole, 1), *new]
-            rows.append(parts)
-        return [mx.concatenate(column) for column in zip(*rows, strict=True)]
 
 
 class Attention(nn.Module):

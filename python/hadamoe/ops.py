@@ -1,6 +1,6 @@
-"""The ops, for any framework's arrays: numpy, torch and (eagerly) MLX arrays on the CPU.
+"""The ops on numpy, torch and MLX arrays of the CPU; `hadamoe.mlx` has those with states for MLX.
 
-What each op means is written in numpy in `hadamoe.reference`; the CPU code of op ``stem`` is
+`hadamoe.reference` says in numpy what each op means; the CPU code of op ``stem`` is
 ``csrc/cpu/stem.h``. Every op checks its arguments before it writes anything and raises
 `ContractError` with the argument and the numbers; an instance without code raises
 `UnsupportedError`. All arithmetic is f32; bf16 and f16 are storage only.
@@ -128,8 +128,8 @@ def dequantize(weight: Weight | PackedWeight, rows: Any = None, *, dtype: Any = 
         raise ContractError(f"dequantize: dtype is {dtype}, needs float32 or float16") from None
     index = np.ascontiguousarray(rows, np.int64)
     y = np.empty((*index.shape, w.columns), dtype)
-    flat = y.reshape(-1, w.columns)
-    _cpu.call("dequantize", [w.parts, index.reshape(-1), *w.buffers], [flat], [w.columns], [])
+    inputs, flat = [w.parts, index.reshape(-1), *w.buffers], y.reshape(-1, w.columns)
+    _cpu.call("dequantize", inputs, [flat], [w.columns], [])
     if w.rotation is not None:
         r = w.rotation
         y = hadamard(y, block=r.block, pre=r.pre, post=r.post, inverse=True)
@@ -229,7 +229,7 @@ def gated_delta(
     """One Gated DeltaNet layer between its projections; states are updated in place.
 
     Causal convolution and SiLU, l2-normalised q and k, the gated delta rule token by token, gated
-    RMSNorm. Any number of tokens: t single calls give the same bits as one call with t tokens.
+    RMSNorm. t single calls give the same bits as one call with t tokens.
 
     Args:
         proj: ``[b, t, c + hv*dv + 2*hv]``: qkv (c = 2*hk*dk + hv*dv), z, b, a side by side.
@@ -254,8 +254,7 @@ def gated_delta(
             proj, conv_weight, a_log, dt_bias, norm, conv_state, state,
             heads=heads, head_dims=head_dims, eps=eps,
         )  # fmt: skip
-    b, t, _ = proj.shape
-    y = np.empty((b, t, heads[1] * head_dims[1]), proj.dtype)
+    y = np.empty((*proj.shape[:2], heads[1] * head_dims[1]), proj.dtype)
     _cpu.call(
         "gated_delta",
         [np.ascontiguousarray(proj), conv_weight, a_log, dt_bias, norm],
@@ -366,7 +365,8 @@ def gated_delta_block(
     Args:
         x: f32 ``[b, t, hidden]``, the residual stream.
         norm: f32 ``[hidden]``, used as it is (1 + w). The rest as in `gated_delta`.
-        mask: bool ``[b, t]``: False makes a token's projections 0 (padding); None for none.
+        mask: bool ``[b, t]``: False makes a token's projections 0 (padding); those after a
+            sequence's last True leave its states as they are. None for no padding.
 
     Returns:
         f32 ``[b, t, hidden]``. Rotations are applied inside, once per token.

@@ -130,12 +130,15 @@ def moe_decode(x, moe: dict[str, Weight], *, top_k: int, normalize: bool = True)
     return y + sigmoid(product(x, "shared_gate")) * shared, expert, weight
 
 
-def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, hk: int, eps: float):
+def gated_delta(
+    proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, hk: int, eps: float, counts=None
+):
     """(y, conv_state, state) after the tokens of proj [b, t, qkv | z | b | a], in f64.
 
     Causal conv1d and SiLU on q, k, v; q and k normalised; S = e^g S + k (beta (v - (e^g S)^T k))^T;
     y = norm * rms(S^T q) * silu(z). conv_state f[b, c, kernel] ends with the newest input; state is
-    S f[b, hv, dk, dv]. Yang, Kautz, Hatamizadeh 2024 (arXiv 2412.06464), equation 10.
+    S f[b, hv, dk, dv]. Yang, Kautz, Hatamizadeh 2024 (arXiv 2412.06464), equation 10. With counts
+    [b], tokens of a sequence from its count on have y = 0 and leave its states as they are.
     """
     proj, w, s, conv = (np.asarray(a, np.float64) for a in (proj, conv_weight, state, conv_state))
     (b, t, _), (c, _), (_, hv, dk, dv) = proj.shape, w.shape, s.shape
@@ -144,6 +147,8 @@ def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, h
     beta, decay = sigmoid(beta), np.exp(-np.exp(np.float64(a_log)) * np.logaddexp(0, a + dt_bias))
     y = np.empty((b, t, hv, dv))
     for i in range(t):
+        there = np.full(b, True) if counts is None else i < np.asarray(counts)
+        before = conv, s
         conv = np.concatenate([conv[..., 1:], qkv[:, i, :, None]], -1)
         x = (conv * w).sum(-1)
         q, k, v = np.split(x * sigmoid(x), [hk * dk, 2 * hk * dk], axis=-1)
@@ -155,6 +160,9 @@ def gated_delta(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, *, h
         o = (s * q).sum(2) / np.sqrt(dk)
         gate = z[:, i].reshape(b, hv, dv)
         y[:, i] = norm * o / np.sqrt((o * o).mean(-1, keepdims=True) + eps) * gate * sigmoid(gate)
+        y[~there, i] = 0
+        conv, s = (np.where(there.reshape(b, *[1] * (new.ndim - 1)), new, old)
+                   for new, old in zip((conv, s), before, strict=True))  # fmt: skip
     return y.reshape(b, t, hv * dv), conv, s
 
 
@@ -214,10 +222,14 @@ def attention_block(x, norm, weights, *vectors, heads, past=0, mask=None, eps=1e
 
 
 def gated_delta_block(x, norm, weights, *vectors, hk, mask=None, eps=1e-6):
-    """(x + out(gated_delta(qkv, z, b, a of rms_norm(x))), conv_state, state); weights by role."""
+    """(x + out(gated_delta(qkv, z, b, a of rms_norm(x))), conv_state, state); weights by role.
+
+    A masked token's rms_norm(x) is 0; those behind the last unmasked one leave the states alone.
+    """
     normed = rms_norm(x, norm, eps) * (1 if mask is None else mask[..., None])
     proj = np.concatenate([_through(normed, weights[role]) for role in ("qkv", "z", "b", "a")], -1)
-    y, *states = gated_delta(proj, *vectors, hk=hk, eps=eps)
+    ends = None if mask is None else np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1)
+    y, *states = gated_delta(proj, *vectors, hk=hk, eps=eps, counts=ends)
     return x + _through(y, weights["out"]), *states
 
 

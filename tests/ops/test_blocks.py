@@ -162,6 +162,27 @@ def test_a_masked_token_leaves_the_state_alone(rng):
     assert all(np.array_equal(a, b) for a, b in zip(states, want_states, strict=True))
 
 
+def test_masked_tokens_at_the_end_leave_the_states_as_they_are(isa, rng):
+    """Sequences of a padded prompt end with the states they have alone."""
+    rig, counts = Rig(rng, b=3, t=300), (300, 257, 0)
+    mask = np.arange(300) < np.array(counts)[:, None]
+    y, *states = rig.run_delta(mask=mask)
+    for b, count in enumerate(counts):
+        alone = rig.tokens(0, count)
+        alone.x = alone.x[b : b + 1]
+        alone.vectors = dict(rig.vectors)
+        for name in ("conv_state", "state"):
+            alone.vectors[name] = rig.vectors[name][b : b + 1]
+        want, *want_states = alone.run_delta()
+        assert np.array_equal(y[b, :count], want[0])
+        assert np.array_equal(y[b, count:], rig.x[b, count:])
+        assert all(np.array_equal(a[b], w[0]) for a, w in zip(states, want_states, strict=True))
+    meant = reference.gated_delta_block(
+        rig.x, rig.norm, rig.delta_weights, *rig.vectors.values(), hk=rig.delta[0], mask=mask
+    )
+    assert all(distance(a, b) < 3e-6 for a, b in zip((y, *states), meant, strict=True))
+
+
 def test_no_tokens(rng):
     rig = Rig(rng).tokens(2, 2)
     assert rig.run_attention()[0].shape == (2, 0, 96)

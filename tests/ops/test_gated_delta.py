@@ -322,3 +322,23 @@ def test_rejects(changes, message):
                   [changes.get("eps", 1e-6)])  # fmt: skip
     assert str(error.value) == f"gated_delta: {message}"
     assert equal(arrays, before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_tokens_behind_a_sequences_count_are_not_there(isa, rng, dtype):
+    shape, counts = (4, 150, 1, 2, 16, 20, 4), np.array([150, 0, 70, 200])
+    arrays = arguments(rng, *shape)
+    arrays["proj"] = arrays["proj"].astype(dtype)
+    names, y = list(arrays), np.full((4, 150, 40), np.nan, dtype)
+    inputs = [at_page_end(arrays[n]) for n in names[:5]]
+    states = [at_page_end(arrays[n]) for n in names[5:]]
+    _cpu.call("gated_delta", [*inputs, counts], [y, *states], [*shape[2:6]], [1e-6])
+    for b, count in enumerate(counts):
+        alone = {n: a[b : b + 1] if n in ("proj", *names[5:]) else a for n, a in arrays.items()}
+        alone["proj"] = alone["proj"][:, :count]
+        want = run(alone, shape)
+        assert np.array_equal(y[b, :count], want[0][0])
+        assert not y[b, count:].any()
+        assert equal([a[b] for a in states], [a[0] for a in want[1:]])
+    with pytest.raises(ContractError, match="counts has b=3, needs 4"):
+        _cpu.call("gated_delta", [*inputs, counts[1:]], [y, *states], [*shape[2:6]], [1e-6])

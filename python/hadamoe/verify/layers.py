@@ -149,7 +149,7 @@ def signs_of(rng, *shape: int) -> np.ndarray:
 
 
 def attention_block_call(rng, kind: str, b=2, t=3, past=2, capacity=6) -> Callable:
-    """run(fused, lend): the outputs of one `ops.attention_block`."""
+    """run(fused, lend, module): the outputs of one `ops.attention_block`, or `hadamoe.mlx`'s."""
     hidden, heads, kv, d, rot = 64, 4, 2, 24, 8
     arrays = attention_arrays(rng, b, t, heads, kv, d, rot, past, capacity)
     del arrays["proj"]
@@ -166,12 +166,12 @@ def attention_block_call(rng, kind: str, b=2, t=3, past=2, capacity=6) -> Callab
     options = {"past": past, "eps": 0.0}
     packed = ops.AttentionWeights.of(**weights)
 
-    def run(fused: bool, lend: Callable = np.array) -> tuple[Any, ...]:
+    def run(fused: bool, lend: Callable = np.array, module: Any = ops) -> tuple[Any, ...]:
         vectors = [lend(a) for a in arrays.values()]
         if fused:
             first = lend(x), lend(norm), packed
-            y = ops.attention_block(*first, *vectors, mask=lend(mask), **options)
-            return y, *vectors[-2:]
+            y = module.attention_block(*first, *vectors, mask=lend(mask), **options)
+            return y if isinstance(y, tuple) else (y, *vectors[-2:])
         proj = np.concatenate([parts_of(x * norm, weights[role]) for role in "qkv"], -1)
         y = ops.attention(proj, *vectors, heads=heads, mask=mask, **options)
         return x + parts_of(y, weights["o"]), *vectors[-2:]
@@ -180,7 +180,7 @@ def attention_block_call(rng, kind: str, b=2, t=3, past=2, capacity=6) -> Callab
 
 
 def gated_delta_block_call(rng, kind: str, b=2, t=3) -> Callable:
-    """run(fused, lend): the outputs of one `ops.gated_delta_block`."""
+    """run(fused, lend, module): the outputs of one `ops.gated_delta_block`."""
     hidden, hk, hv, dk, dv = 64, 2, 4, 16, 24
     arrays = gated_delta_arrays(rng, b, t, hk, hv, dk, dv, 4)
     del arrays["proj"]
@@ -197,12 +197,12 @@ def gated_delta_block_call(rng, kind: str, b=2, t=3) -> Callable:
     options = {"heads": (hk, hv), "head_dims": (dk, dv), "eps": 0.0}
     packed = ops.DeltaWeights.of(**weights)
 
-    def run(fused: bool, lend: Callable = np.array) -> tuple[Any, ...]:
+    def run(fused: bool, lend: Callable = np.array, module: Any = ops) -> tuple[Any, ...]:
         vectors = [lend(a) for a in arrays.values()]
         if fused:
             first = lend(x), lend(norm), packed
-            y = ops.gated_delta_block(*first, *vectors, mask=lend(mask), **options)
-            return y, *vectors[-2:]
+            y = module.gated_delta_block(*first, *vectors, mask=lend(mask), **options)
+            return y if isinstance(y, tuple) else (y, *vectors[-2:])
         normed = x * norm * mask[..., None].astype(np.float32)
         proj = [parts_of(normed, weights[role]) for role in ("qkv", "z", "b", "a")]
         y = ops.gated_delta(np.concatenate(proj, -1), *vectors, **options)
@@ -212,7 +212,7 @@ def gated_delta_block_call(rng, kind: str, b=2, t=3) -> Callable:
 
 
 def moe_block_call(rng, kind: str, t=3) -> Callable:
-    """run(fused, lend): the outputs of one `ops.moe_block`."""
+    """run(fused, lend, module): the outputs of one `ops.moe_block`."""
     hidden, inner, experts = 64, 96, 5
     turn, turn_inner = rotations(rng, kind, hidden, inner)
     weights = {
@@ -226,9 +226,9 @@ def moe_block_call(rng, kind: str, t=3) -> Callable:
     moe = ops.MoeWeights.of(**weights)
     x, norm = signs_of(rng, t, hidden), rng.uniform(0.5, 1.5, hidden).astype(np.float32)
 
-    def run(fused: bool, lend: Callable = np.array) -> tuple[Any, ...]:
+    def run(fused: bool, lend: Callable = np.array, module: Any = ops) -> tuple[Any, ...]:
         if fused:
-            return (ops.moe_block(lend(x), lend(norm), moe, top_k=2, eps=0.0),)
+            return (module.moe_block(lend(x), lend(norm), moe, top_k=2, eps=0.0),)
         return (x + ops.moe_decode(x * norm, moe, top_k=2),)
 
     return run
