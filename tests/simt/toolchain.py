@@ -6,6 +6,7 @@ Kernels need clang 19 or later: the system's where it is new enough, else the on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OLDEST_CLANG = 19
-CACHED_FILES = 4000  # beyond this the oldest are deleted
+CACHED_FILES = 12000  # beyond this the oldest are deleted
 
 
 class CompileError(RuntimeError):
@@ -93,9 +94,11 @@ def cache_folder() -> Path:
 
 
 def _prune(folder: Path) -> None:
-    files = sorted(filter(Path.is_file, folder.iterdir()), key=lambda p: p.stat().st_mtime)
-    for path in files[: max(0, len(files) - CACHED_FILES)]:
-        path.unlink(missing_ok=True)
+    paths = [path for path in folder.iterdir() if path.is_file()]
+    if len(paths) > CACHED_FILES:
+        with contextlib.suppress(FileNotFoundError):  # another process may prune too
+            for path in sorted(paths, key=lambda p: p.stat().st_mtime)[: CACHED_FILES // 2]:
+                path.unlink(missing_ok=True)
 
 
 def digest(parts: Sequence[str]) -> str:
