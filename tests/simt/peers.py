@@ -171,6 +171,49 @@ def qmv(
     return Peer(QUANTIZED, expression, name, buffers, **place)
 
 
+def gather_qmv(
+    x: np.ndarray,
+    chosen: np.ndarray,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    biases: np.ndarray | None = None,
+    *,
+    bits: int = 4,
+    group: int = 64,
+) -> Peer:
+    """`qmv` with each token's chosen experts (mx.gather_qmm): y [t, chosen, n].
+
+    chosen [t, c] uint32; codes, scales and biases as in `qmv`, stacked over experts.
+    """
+    tokens, columns = x.shape
+    experts, rows, words = codes.shape
+    type, many = METAL_TYPE[x.dtype.name], chosen.size
+    fast = "_fast" if rows % RESULTS == 0 and columns % 512 == 0 else ""
+    token = np.repeat(np.arange(tokens, dtype=np.uint32), chosen.shape[1])
+    y = np.zeros((*chosen.shape, rows), x.dtype)
+    start = [codes, scales, np.ones(1, np.float32) if biases is None else biases, x, token]
+    start += [chosen.reshape(-1), y, number(columns), number(rows)]
+    groups = scales.shape[-1]
+    shapes = [number(1), np.int32([tokens, 1, columns]), np.int64([columns, columns, 1])]
+    shapes += [number(1), np.int32([experts, rows, words]), np.int64([rows * words, words, 1])]
+    shapes += [np.int64([rows * groups, groups, 1])] * (1 if biases is None else 2)
+    shapes += [number(1), np.int32([many]), np.int64([1]), np.int64([1])]
+    kernel = f"gather_qmv{fast}"
+    if biases is None:
+        names = f"fp_{kernel}<{type}, 32, 4>", f"mxfp4_{kernel}_{type}_gs_32_b_4"
+    else:
+        suffix = f"{type}_gs_{group}_b_{bits}"
+        names = f"affine_{kernel}<{type}, {group}, {bits}>", f"affine_{kernel}_{suffix}"
+    return Peer(
+        FP_QUANTIZED if biases is None else QUANTIZED,
+        *names,
+        dict(enumerate(start + shapes)),
+        outputs=(6,),
+        threadgroup=(32, 2, 1),
+        groups=(1, -(-rows // RESULTS), many),
+    )
+
+
 def qmm(
     x: np.ndarray,
     codes: np.ndarray,

@@ -48,6 +48,13 @@ def mxfp4(make, tokens: int, dtype: str) -> peers.Peer:
     return make(random((tokens, COLUMNS), dtype), *quantized(dtype, mode="mxfp4"))
 
 
+def experts(dtype: str, **how) -> peers.Peer:
+    """Two of four experts for each of three tokens."""
+    stacked = [a.reshape(4, ROWS // 4, -1) for a in quantized(dtype, **how)]
+    chosen = np.array([[0, 3], [2, 1], [3, 2]], np.uint32)
+    return peers.gather_qmv(random((3, COLUMNS), dtype), chosen, *stacked)
+
+
 def sdpa(dtype: str) -> peers.Peer:
     shape = (2, 70, 256)
     return peers.sdpa(random((4, 256), dtype), random(shape, dtype), random(shape, dtype), 1 / 16)
@@ -72,6 +79,8 @@ CASES = {
     "qmm 4 bits": lambda d: affine(peers.qmm, TOKENS, 4, d),
     "qmv mxfp4": lambda d: mxfp4(peers.qmv, 1, d),
     "qmm mxfp4": lambda d: mxfp4(peers.qmm, TOKENS, d),
+    "experts 4 bits": lambda d: experts(d, bits=4, group_size=64),
+    "experts mxfp4": lambda d: experts(d, mode="mxfp4"),
     "sdpa": sdpa,
     "gated delta": lambda d: gated_delta(d, 0),
     "gated delta in chunks": lambda d: gated_delta(d, 8),

@@ -32,9 +32,10 @@ def quantized(rows: int = ROWS, columns: int = COLUMNS, **how) -> tuple[list[np.
 
 def assert_sums(y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
     """y = x @ w^T but for f32 sums of as many terms as there are columns."""
-    terms = np.abs(x).astype("f8") @ np.abs(w).T
-    error = np.abs(y - x.astype("f8") @ w.T)
-    assert (error <= (8 + 2 * np.sqrt(w.shape[1])) * EPSILON * terms).all()
+    terms = np.abs(x).astype("f8") @ np.abs(w).swapaxes(-1, -2)
+    error = np.abs(y - (x.astype("f8") @ w.swapaxes(-1, -2)).reshape(y.shape))
+    bound = (8 + 2 * np.sqrt(w.shape[-1])) * EPSILON * terms
+    assert (error <= bound.reshape(y.shape)).all()
 
 
 @pytest.mark.parametrize("columns", [512, 288])  # the fast kernel, and the one with a tail
@@ -60,6 +61,19 @@ def test_mxfp4_matvec():
     assert run.result.traffic["w"] == (parts[0].nbytes, 0)
     # each scale is read by the two lanes that share its group
     assert run.result.traffic["scales"] == (2 * parts[1].nbytes, 0)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_chosen_experts(mode):
+    parts, w = quantized(mode=mode, bits=4, group_size=32)
+    stacked = [p.reshape(4, ROWS // 4, -1) for p in parts]
+    x, chosen = random(3, COLUMNS), np.array([[0, 3], [2, 1], [3, 2]], np.uint32)
+    run = peers.gather_qmv(x, chosen, *stacked, group=32).run(check=True)
+    assert not run.result.findings
+    for y, row, experts in zip(run.y, x, chosen, strict=True):
+        assert_sums(y, row[None], w.reshape(4, ROWS // 4, -1)[experts])
+    read = chosen.size * stacked[0][0].nbytes  # two tokens with one expert read it twice
+    assert run.result.traffic["w"] == (read, 0)
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
