@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
 import pytest
 from scikit_build_core import build
+from scikit_build_core.settings.skbuild_read_settings import SettingsReader
 
 import hadamoe
 
@@ -40,6 +42,19 @@ def test_the_source_archive_builds_the_same_wheel(pure_wheel, pure_wheel_of, tmp
         packed.extractall(tmp_path, filter="data")
     tree = tmp_path / archive.name.removesuffix(".tar.gz")
     assert pure_wheel_of(tree, tmp_path) == pure_wheel
+
+
+def test_a_wheel_with_mlx_fits_one_python_and_one_mlx(monkeypatch):
+    """MLX's own wheels have no stable ABI, and each patch release of MLX has another one."""
+    read = SettingsReader.from_file
+    monkeypatch.delenv("HM_MLX", raising=False)
+    plain = read(ROOT / "pyproject.toml", state="wheel").settings
+    assert (plain.wheel.py_api, plain.cmake.define) == ("cp312", {})
+    monkeypatch.setenv("HM_MLX", "1")
+    lazy = read(ROOT / "pyproject.toml", state="wheel").settings
+    assert (lazy.wheel.py_api, lazy.cmake.define) == ("", {"HM_MLX": "ON"})
+    tested = re.search(r"^mlx(==.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    assert {re.search("==[^;]+", r)[0] for r in lazy.build.requires} == {tested}
 
 
 def test_metal_sources_lie_beside_the_imported_package():
