@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from recorded import CONTINUATIONS
@@ -71,6 +72,19 @@ def test_a_stream(server):
             if line.startswith(b"data: {"):
                 lines.append(json.loads(line.removeprefix(b"data: ")))
     assert "".join(d["choices"][0]["text"] for d in lines) == TEXT[:40]
+
+
+def test_answers_at_once(server):
+    """Four prompts in one running batch; each is answered as it would be alone."""
+    prompts = list(CONTINUATIONS[NAME].items())[:4]
+
+    def answer(prompt):
+        with ask(server, "/v1/completions", prompt=prompt, max_tokens=60) as found:
+            return json.load(found)["choices"][0]["text"]
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(answer, [prompt for prompt, _ in prompts]))
+    assert [t.lstrip() for t in found] == [text[:60].lstrip() for _, text in prompts]
 
 
 def test_a_chat(server):
