@@ -1,13 +1,11 @@
-// How keys and values lie in pages of 64 tokens: csrc/core/kv_codecs.h for a GPU. A page is words; a head has
-// D columns.
-#include "place.metal"
+// Codecs of pages: csrc/core/kv_codecs.h for a GPU. A page is words; a head has D columns.
+#include "kv_page.metal"
 
 namespace hm {
 
 enum Codec {
   kv_bf16, kv_h2, kv_h3, kv_h4, kv_h8, kv_turbo2, kv_turbo3, kv_turbo4, kv_fp8, kv_affine4, kv_affine8, kv_kivi2, kv_kivi4
 };
-constexpr constant uint PAGE = 64;
 
 constexpr bool is_ours(int codec) { return codec >= kv_h2 && codec <= kv_h8; }
 constexpr bool is_turbo(int codec) { return codec >= kv_turbo2 && codec <= kv_turbo4; }
@@ -25,7 +23,6 @@ constexpr uint page_words(int codec, uint d) {
   return code_words(codec, d) + (is_ours(codec) ? 32 : is_turbo(codec) ? 64 : is_affine(codec) ? d : is_kivi(codec) ? 2 * d : 0);
 }
 
-METAL_FUNC float half_at(const device uint* scales, uint i) { return float(((const device half*)scales)[i]); }
 METAL_FUNC float bfloat_at(const device uint* scales, uint i) {
   return as_type<float>(uint(((const device ushort*)scales)[i]) << 16);
 }

@@ -1,5 +1,7 @@
 // Pages to the rows they stand for, rotation undone: a simdgroup has one token at a time. Meaning: kv_ops.kv_decode,
 // bit for bit.
+#include "kv_codec.metal"
+#include "kv_level.metal"
 #include "kv_row.metal"
 
 namespace hm {

@@ -1,5 +1,7 @@
 // Full pages of keys or values to codes: a simdgroup has a few tokens of one page. Meaning: kv_ops.kv_encode,
 // bit for bit. No product is added where it is made: a compiler that contracts would round once instead of twice.
+#include "kv_codec.metal"
+#include "kv_level.metal"
 #include "kv_row.metal"
 
 namespace hm {

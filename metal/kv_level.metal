@@ -1,5 +1,5 @@
 // Levels of our codebooks.
-#include "kv_codec.metal"
+#include "kv_page.metal"
 
 namespace hm {
 
@@ -11,8 +11,7 @@ METAL_FUNC float level(uint code) {
   if (BITS == 4) four = code & 8u ? (code & 4u ? 0x684f3e30u : 0x24190f05u) : (code & 4u ? 0xfbf1e7dcu : 0xd0c2b198u);
   return BITS == 8 ? float(int(code) - 128) : float(int(four << (24u - 8u * (code & 3u))) >> 24);
 }
-// Levels per deviation, and what the codes lose of a row's square.
+// Levels per deviation.
 constexpr float kappa(int bits) { return bits == 2 ? 59.59375f : bits == 3 ? 40.90625f : 38.140625f; }
-constexpr float lost(int bits) { return bits == 2 ? 0.117482f : bits == 3 ? 0.034549f : bits == 4 ? 0.009506f : 0.0f; }
 
 }  // namespace hm

@@ -1,6 +1,6 @@
 // What becomes of a row on its way to codes and back. A simdgroup holds it in registers, lane l the columns l, l + 32,
 // ..: the order in which csrc/cpu/kv_encode.h adds, so that codes and scales have its bits.
-#include "kv_level.metal"
+#include "kv_page.metal"
 
 namespace hm {
 

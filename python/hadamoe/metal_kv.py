@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from .kv import CODECS, PAGE, page_bytes
+from .kv import CODECS, PAGE, KVFormat, page_bytes
 from .metal_plan import THREADS, Launch, Output, float_bits
 
 _ROTATED = ("h", "t")  # first letters of codecs that turn rows
+#: Bits of our codecs -> levels per deviation, and the share of a row's square that codes lose.
+_KAPPA = {2: np.float32(59.59375), 3: np.float32(40.90625), 4: np.float32(38.140625)}
+_ERRORS = {2: 0.117482, 3: 0.034549, 4: 0.009506}
 
 
 def rotated(codec: str) -> bool:
@@ -94,7 +99,7 @@ def decode(
 
 def scores(rows: int, pages: int, codec: str, d: int) -> Launch:
     """`kv_ops.kv_scores` of q ``[rows, d]`` and u8 ``[pages, bytes]``."""
-    constants = {"CODEC": CODECS[codec], "D": d, "ROWS": rows, "PAGES": pages, "ROOT": _root(d)}
+    constants = {"BITS": _our_bits(codec), "D": d, "ROWS": rows, "PAGES": pages, "ROOT": _root(d)}
     outputs = (
         Output("q8", (rows, d), "int8"),
         Output("unit", (rows,), "float32"),
@@ -105,3 +110,153 @@ def scores(rows: int, pages: int, codec: str, d: int) -> Launch:
     return Launch(
         "kv_scores", "kv_scores", constants, inputs, outputs, groups, THREADS, (("float4", 2 * d),)
     )
+
+
+class Heads(NamedTuple):
+    """The heads of attention and how their cache stores them.
+
+    Attributes:
+        batch, query, kv, d: sequences, query heads, key heads, columns of a head.
+        format: codecs of keys and values, or None for a cache without codes.
+    """
+
+    batch: int
+    query: int
+    kv: int
+    d: int
+    format: KVFormat | None = None
+
+    @property
+    def query_dtype(self) -> str:
+        """Of queries as scores of coded pages take them."""
+        return "int8" if _our_bits(self.format.key) else "float32"
+
+
+def _worth(codec: str, d: int) -> int:
+    """What a level is worth of a row's scale, a float's bits."""
+    bits = _our_bits(codec)
+    unit = np.float32(1 / np.sqrt(d)) / _KAPPA[bits] if bits in _KAPPA else 1.0
+    return float_bits(float(unit))
+
+
+def prepare(
+    heads: Heads,
+    tokens: int,
+    rot: int,
+    q_dtype: str,
+    kv_dtype: str,
+    *,
+    eps: float | None,
+    stretch: float = 1.0,
+) -> Launch:
+    """RMSNorm and positions of queries and keys of a projection ``[b, t, (2 h + 2 g) d]``.
+
+    Arrays: proj; q_norm, k_norm f32 ``[d]`` unless eps is None; freqs f32 ``[rot / 2]``, radians a
+    position; signs of the keys' codec; offsets i32 ``[b]``: positions before; dims i32: t.
+
+    Args:
+        rot: columns that positions turn.
+        stretch: what YaRN multiplies cosines and sines with.
+    """
+    b, h, g, d, form = heads
+    coded = form is not None
+    turned = coded and rotated(form.key)
+    simds = 8 if d <= 256 else 4
+    constants = {
+        "B": b,
+        "H": h,
+        "KV": g,
+        "D": d,
+        "ROT": rot,
+        "EPS": float_bits(eps or 0.0),
+        "STRETCH": float_bits(stretch),
+        "CODED": int(coded and bool(_our_bits(form.key))),
+        "TURNED": int(turned),
+        "WORTH": _worth(form.key, d) if coded else 0,
+        "ROOT": _root(d),
+        "SIMDS": simds,
+    }
+    absent = None if eps is not None else "float"
+    inputs = {"proj": None, "q_norm": absent, "k_norm": absent}
+    inputs |= {"freqs": None if rot else "float", "signs": None if turned else "float"}
+    inputs |= {"offsets": None, "dims": None}
+    outputs = [
+        Output("q", (b, h, tokens, d), q_dtype),
+        Output("kv", (2, b, g, tokens, d), kv_dtype),
+    ]
+    if coded:
+        outputs.append(Output("x", (b, h, tokens, d), heads.query_dtype))
+        outputs.append(Output("factors", (b, h, tokens), "float32"))
+    groups = (-(-b * tokens * (h + 2 * g) // simds), 1, 1)
+    return Launch(
+        "attention",
+        "attention",
+        constants,
+        inputs,
+        tuple(outputs),
+        groups,
+        32 * simds,
+        (("float", simds * d),),
+    )
+
+
+def runs(heads: Heads, count: int, skip: int) -> Launch:
+    """Attention of one token over ``count`` runs of 8 coded pages each.
+
+    Arrays: x, factors of `prepare`; key_pages, value_pages u8 ``[b, g, m, bytes]``, page p at
+    p - skip; lengths i32 ``[b]``, this token counted; dims i32: m, count.
+    """
+    b, h, g, d, form = heads
+    group, (key, value) = h // g, (_our_bits(codec) for codec in form)
+    most = 8 if d <= 256 else 4
+    rows = max(n for n in range(1, most + 1) if group % n == 0)
+    fours = -(-rows // 4)
+    constants = {
+        "KEY": key,
+        "VALUE": value,
+        "KV": g,
+        "HEADS": group,
+        "R": rows,
+        "D": d,
+        "SKIP": skip,
+        "KEY_WORDS": page_bytes(form.key, d) // 4,
+        "VALUE_WORDS": page_bytes(form.value, d) // 4,
+        "WORTH": _worth(form.value, d),
+        "EACH": -(-d // THREADS),
+    }
+    names = ("x", "factors", "key_pages", "value_pages", "lengths", "dims")
+    outputs = (
+        Output("parts", (b, g, count, group, d), "float32"),
+        Output("sums", (b, g, count, group, 4), "float32"),
+    )
+    shared = (("float4", max(d, 256) * fours), *[("float4", 8 * fours)] * 4)
+    groups = (count, g * (group // rows), b)
+    inputs = dict.fromkeys(names)
+    return Launch("kv_runs", "kv_attend", constants, inputs, outputs, groups, THREADS, shared)
+
+
+def join(heads: Heads, coded: bool, gate: int, dtype: str) -> Launch:
+    """The rest of it: runs, page 0 and the own page to y ``[b, h d]``.
+
+    Arrays: q ``[b, h, 1, d]``; raw ``[2, b, g, 192, d]``; parts, sums, dims of `runs` if there are
+    any (`coded`); signs of the values' codec; gate, if `gate`, the columns of a projection.
+    """
+    b, h, g, d, form = heads
+    turned, bits = rotated(form.value), _our_bits(form.value)
+    constants = {
+        "B": b,
+        "KV": g,
+        "HEADS": h // g,
+        "D": d,
+        "ROOT": _root(d),
+        "NOISE": float_bits(_ERRORS[bits] * (1 - _ERRORS[bits])) if bits in _ERRORS else 0,
+        "TURNED": int(turned),
+        "WIDTH": gate,
+    }
+    absent = None if coded else "float"
+    inputs = {"q": None, "raw": None, "parts": absent, "sums": absent}
+    inputs |= {"signs": None if turned else "float", "gate": None if gate else "float"}
+    inputs |= {"lengths": None, "dims": None}
+    shared = (("float", max(d, 2 * PAGE)), ("float", THREADS // 32))
+    outputs = (Output("y", (b, h * d), dtype),)
+    return Launch("kv_join", "kv_join", constants, inputs, outputs, (h, b, 1), THREADS, shared)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from . import metal_kv
-from .kv import KEY_SEED, PAGE, VALUE_SEED, page_bytes, signs
+from .kv import KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
 from .mlx_metal import dtype_name, run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
-__all__ = ["kv_decode", "kv_encode", "kv_scores"]
+__all__ = ["Prepared", "attend", "kv_decode", "kv_encode", "kv_scores", "prepare"]
 
 
 @cache
@@ -61,3 +63,102 @@ def kv_scores(q: mx.array, pages: mx.array, codec: str) -> tuple[mx.array, mx.ar
     """`kv_ops.kv_scores`: q8 i8 ``[r, d]``, unit f32 ``[r]``, scores i32 ``[r, 64 p]``."""
     launch = metal_kv.scores(q.shape[0], pages.shape[0], codec, q.shape[1])
     return tuple(run(launch, {"q": q, "pages": pages, "signs": _signs("key", q.shape[1])}))
+
+
+class Prepared(NamedTuple):
+    """Queries, keys and values of tokens, positions applied.
+
+    Attributes:
+        q: ``[b, h, t, d]``.
+        kv: keys and values ``[2, b, g, t, d]``.
+        x, factors: queries as coded pages' scores take them, or None.
+    """
+
+    q: mx.array
+    kv: mx.array
+    x: mx.array | None = None
+    factors: mx.array | None = None
+
+
+def prepare(
+    proj: mx.array,
+    heads: tuple[int, int],
+    head_dim: int,
+    norms: tuple[mx.array, mx.array] | None,
+    freqs: mx.array | None,
+    offset: int | mx.array,
+    *,
+    eps: float = 1e-6,
+    stretch: float = 1.0,
+    form: KVFormat | None = None,
+    q_dtype: mx.Dtype = mx.float32,
+    kv_dtype: mx.Dtype = mx.float32,
+) -> Prepared:
+    """What is between attention's projections and its cache, in one launch.
+
+    Args:
+        proj: ``[b, t, (2 h + 2 g) d]``: query and gate of each head, keys, values.
+        heads: of queries, of keys.
+        norms: f32 ``[d]`` of queries and of keys; None for none.
+        freqs: f32 ``[rot / 2]``, radians a position; None: positions turn nothing.
+        offset: positions of the first tokens: one, or i32 ``[b]``.
+        stretch: what YaRN multiplies cosines and sines with.
+        form: codecs of the cache; None for one without.
+    """
+    b, t, _ = proj.shape
+    sizes = metal_kv.Heads(b, *heads, head_dim, form)
+    rot = 0 if freqs is None else 2 * freqs.shape[0]
+    names = [dtype_name(mx.zeros(0, d)) for d in (q_dtype, kv_dtype)]
+    launch = metal_kv.prepare(
+        sizes, t, rot, *names, eps=None if norms is None else eps, stretch=stretch
+    )
+    arrays = dict(zip(("q_norm", "k_norm"), norms or (), strict=False))
+    arrays |= {"proj": proj, "freqs": freqs, "dims": mx.array([t], mx.int32)}
+    arrays |= {"offsets": _per_sequence(offset, b), "signs": _signs("key", head_dim)}
+    return Prepared(*run(launch, arrays))
+
+
+def _per_sequence(number: int | mx.array, batch: int) -> mx.array:
+    return mx.broadcast_to(mx.array(number, mx.int32).reshape(-1), (batch,))
+
+
+def attend(
+    tokens: Prepared,
+    raw: mx.array,
+    pages: Sequence[mx.array],
+    length: int | mx.array,
+    form: KVFormat,
+    *,
+    skip: int = 1,
+    gate: mx.array | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> mx.array:
+    """Attention of one token of each sequence over a quantized cache, in two launches.
+
+    As `kv_ops.kv_attend`: page 0 and the token's own page as they came, others as stored.
+
+    Args:
+        tokens: of `prepare` with ``form``; keys and values are in ``raw`` already.
+        raw: ``[2, b, g, 192, d]``: page 0, then page p from row 64 (1 + p % 2) on.
+        pages: of keys, of values, u8 ``[b, g, m, bytes]``: page p at p - skip.
+        length: tokens of each sequence with this one: one number or i32 ``[b]``, of which ``m``
+            pages are enough.
+        gate: ``[b, 1, (2 h + 2 g) d]``, the projection; the result is times sigmoid of its gates.
+
+    Returns:
+        ``[b, 1, h d]`` of ``dtype``.
+    """
+    b, h, _, d = tokens.q.shape
+    heads = metal_kv.Heads(b, h, raw.shape[2], d, form)
+    m = pages[0].shape[2]
+    count = -(-(m + skip) // 8) if m else 0
+    arrays = {"lengths": _per_sequence(length, b), "dims": mx.array([m, count], mx.int32)}
+    if count:
+        x = dict(zip(("key_pages", "value_pages"), pages, strict=True))
+        x |= {"x": tokens.x, "factors": tokens.factors}
+        parts = run(metal_kv.runs(heads, count, skip), arrays | x)
+        arrays |= dict(zip(("parts", "sums"), parts, strict=True))
+    width = 0 if gate is None else gate.shape[-1]
+    launch = metal_kv.join(heads, bool(count), width, dtype_name(mx.zeros(0, dtype)))
+    arrays |= {"q": tokens.q, "raw": raw, "gate": gate, "signs": _signs("value", d)}
+    return run(launch, arrays)[0].reshape(b, 1, h * d)
