@@ -1,11 +1,11 @@
-"""The wheel for Macs with Apple silicon, built on Linux.
+"""The wheels for Macs with Apple silicon, built on Linux.
 
     python .ci/macos_wheel.py [--python PYTHON] [--mlx MLX_METAL_WHEEL] OUT
 
-Needs, from PyPI, cmake, nanobind, ninja, packaging, scikit-build-core and ziglang (the compiler:
-clang with Apple's headers). CPython's headers are those of PYTHON, this interpreter
-unless told; from 3.12 on the wheel serves every later version too. With MLX's own macOS wheel the
-module `_mlx` comes along, for that one MLX and that one Python.
+Needs, from PyPI, cmake, nanobind, ninja, scikit-build-core and ziglang (the compiler:
+clang with Apple's headers). One wheel is for this interpreter's version; with MLX's own macOS wheel
+it has the module `_mlx` for that MLX. Another is made with the headers of PYTHON, where that is
+3.12 or later, for all versions from there on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pathlib import Path
 import nanobind
 import ninja
 import ziglang
-from packaging.utils import parse_wheel_filename
 from scikit_build_core.build import build_wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_MACOS = "14.0"  # MLX's own
+PLATFORM = f"macosx_{OLDEST_MACOS.replace('.', '_')}_arm64"
 #: One file per version of Python from here on: the stable ABI, as `wheel.py-api` in pyproject.toml.
 STABLE_SINCE = (3, 12)
 ASK_PYTHON = """
@@ -45,8 +45,11 @@ def pure_part(folder: Path) -> Path:
         return folder / build_wheel(str(folder), {"wheel.cmake": "false", "wheel.py-api": ""})
 
 
-def compile_modules(folder: Path, python: str, mlx: Path | None) -> tuple[Path, str, str]:
-    """The compiled modules, in an installed tree, and the tags of Python and ABI."""
+def compile_modules(folder: Path, python: str, mlx: Path | None) -> tuple[Path, str]:
+    """The compiled modules, in an installed tree, and the tags of Python and ABI.
+
+    Called again with another Python it compiles only what includes Python's headers.
+    """
     major, minor, include = json.loads(subprocess.check_output([python, "-c", ASK_PYTHON]))
     stable = (major, minor) >= STABLE_SINCE and mlx is None
     define = {
@@ -60,29 +63,32 @@ def compile_modules(folder: Path, python: str, mlx: Path | None) -> tuple[Path, 
         "Python_INCLUDE_DIR": include,
         "nanobind_DIR": nanobind.cmake_dir(),
         "SKBUILD_SOABI": f"cpython-{major}{minor}-darwin",
+        "HM_MLX": "ON" if mlx else "OFF",
     }
     if stable:
         define |= {"SKBUILD_SABI_COMPONENT": "Development.SABIModule", "SKBUILD_SOSABI": "abi3"}
     if mlx:
-        define |= {"HM_MLX": "ON", "MLX_DIR": unpacked_mlx(mlx, folder) / "share/cmake/MLX"}
+        define |= {"MLX_DIR": mlx / "share/cmake/MLX"}
     os.environ["ZIG_GLOBAL_CACHE_DIR"] = os.environ["ZIG_LOCAL_CACHE_DIR"] = str(folder / "zig")
-    options = [f"-D{name}={value}" for name, value in define.items()]
+    forget = ["-U*Python*", "-USKBUILD*"]  # what the last call found
+    options = [*forget, *(f"-D{name}={value}" for name, value in define.items())]
     cmake = [sys.executable, "-m", "cmake"]
+    tag = f"cp{major}{minor}-{'abi3' if stable else f'cp{major}{minor}'}"
     run(*cmake, "-S", ROOT, "-B", folder / "build", "-G", "Ninja", *options)
     run(*cmake, "--build", folder / "build")
-    run(*cmake, "--install", folder / "build", "--prefix", folder / "installed")
-    tag = f"cp{major}{minor}"
-    return folder / "installed", tag, "abi3" if stable else tag
+    run(*cmake, "--install", folder / "build", "--prefix", folder / tag)
+    return folder / tag, tag
 
 
 def unpacked_mlx(wheel: Path, folder: Path) -> Path:
-    """MLX's headers and library; `_mlx` is compiled for the MLX that this Python has."""
-    version = str(parse_wheel_filename(wheel.name)[1])
-    installed = subprocess.check_output([sys.executable, "-m", "mlx", "--version"], text=True)
-    if installed.strip() != version:
-        sys.exit(f"{wheel.name}: this Python has mlx {installed.strip()}, needs the same")
+    """MLX's headers and library, which must be those of this Python's version of MLX."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "mlx")
+    (info,) = (folder / "mlx").glob("*.dist-info")
+    version = info.name.removesuffix(".dist-info").split("-")[1]
+    installed = subprocess.check_output([sys.executable, "-m", "mlx", "--version"], text=True)
+    if installed.strip() != version:
+        sys.exit(f"{wheel} is mlx {version}, needs this Python's {installed.strip()}")
     return folder / "mlx" / "mlx"
 
 
@@ -126,19 +132,22 @@ def run(*command: object) -> None:
 
 
 def main() -> None:
-    """Builds one wheel into OUT and prints its path."""
+    """Builds the wheels into OUT and prints their paths, a line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="whose headers; default: this one")
-    parser.add_argument("--mlx", type=Path, help="mlx-metal's macOS wheel: builds _mlx, too")
+    parser.add_argument("--python", help="a Python of 3.12 or later: its headers make a wheel too")
+    parser.add_argument("--mlx", type=Path, help="mlx-metal's macOS wheel: builds _mlx too")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    out, mlx = args.out.resolve(), args.mlx and args.mlx.resolve()
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        pure = pure_part(Path(name))
-        installed, python, abi = compile_modules(Path(name), args.python, mlx)
-        platform = f"macosx_{OLDEST_MACOS.replace('.', '_')}_arm64"
-        print(pack(pure, installed, f"{python}-{abi}-{platform}", out))
+        folder = Path(name)
+        mlx = args.mlx and unpacked_mlx(args.mlx.resolve(), folder)
+        pure = pure_part(folder)
+        for python, its_mlx in [(sys.executable, mlx), (args.python, None)]:
+            if python:
+                installed, tag = compile_modules(folder, python, its_mlx)
+                print(pack(pure, installed, f"{tag}-{PLATFORM}", out))
 
 
 if __name__ == "__main__":

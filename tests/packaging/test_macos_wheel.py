@@ -36,16 +36,20 @@ PUBLISHED = {
     "sentencepiece": "0.2.3",
     "rapidfuzz": "3.14.6",
     "mlx": version("mlx"),
+    "mlx-metal": version("mlx"),
 }
-#: What libc++ has that these do not use. duckdb's wheel for macOS 11 uses the first three; the
-#: others are compiled into libc++ beside what they do use: a class's other destructor, a class's
-#: type beside its table.
+MLX = "@rpath/libmlx.dylib"
+#: What libc++ has that these do not use: duckdb's wheel for macOS 11 uses the first three; the next
+#: two lie beside what they do use (a class's other destructor, the type beside its table); the last
+#: is in libc++'s list of what its first ABI compiles in (__string/extern_template_lists.h).
 ALSO_IN_CXX = {
     "__ZNSt3__15mutex8try_lockEv",
     "__ZNSt3__19to_stringEd",
     "__ZNSt3__19to_stringEx",
     "__ZNSt16invalid_argumentD2Ev",
     "__ZTINSt3__112system_errorE",
+    "__ZNSt3__112basic_stringIcNS_11char_traitsIcEENS_9allocatorIcEEE21__grow_by_and_replaceE"
+    "mmmmmmPKc",
 }
 
 
@@ -59,16 +63,18 @@ class Built:
 
     @property
     def stable(self) -> bool:
+        """Whether it serves every Python from 3.12 on; only the other has `_mlx`."""
         return "-abi3-" in self.path.name
 
     @property
     def modules(self) -> dict[str, bytes]:
-        return {name: data for name, data in self.files.items() if name.endswith(".so")}
+        """The compiled modules by file name."""
+        return {Path(n).name: data for n, data in self.files.items() if n.endswith(".so")}
 
 
 @cache
-def pythons() -> dict[str, str]:
-    """This interpreter and, where one of 3.12 or later has its headers here, that one too."""
+def newer_python() -> str | None:
+    """A Python of 3.12 or later that has its headers."""
     ask = "import sysconfig; print(sysconfig.get_path('include'))"
     installations = Path(sys.base_prefix).parent  # pyenv's and uv's are side by side
     for minor in range(12, 20):
@@ -76,20 +82,38 @@ def pythons() -> dict[str, str]:
         for path in filter(None, (shutil.which(name), *installations.glob(f"*/bin/{name}"))):
             done = subprocess.run([path, "-c", ask], capture_output=True, text=True)
             if done.returncode == 0 and Path(done.stdout.strip(), "Python.h").exists():
-                return {"this": sys.executable, "stable": str(path)}
-    return {"this": sys.executable}
+                return str(path)
+    return None
 
 
-@pytest.fixture(scope="module", params=pythons())
-def built(request, tmp_path_factory) -> Built:
-    python = pythons()[request.param]
+@cache
+def fetched(project: str) -> Path:
+    """The macOS wheel of a project on PyPI."""
+    wheel = wheels.fetched(project, PUBLISHED[project], "macosx_14_0_arm64")
+    if wheel is None:
+        pytest.skip(f"PyPI is out of reach: the macOS wheel of {project} {PUBLISHED[project]}")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def every_wheel(tmp_path_factory) -> dict[str, Built]:
+    """One run of the script: this Python's wheel with `_mlx`, and a newer one's where there is."""
     out = tmp_path_factory.mktemp("macos")
-    command = [sys.executable, str(ROOT / ".ci" / "macos_wheel.py"), "--python", python, str(out)]
+    command = [sys.executable, ROOT / ".ci" / "macos_wheel.py", "--mlx", fetched("mlx-metal"), out]
+    command += ["--python", newer_python()] if newer_python() else []
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.strip())
-    with zipfile.ZipFile(path) as archive:
-        return Built(path, python, {name: archive.read(name) for name in archive.namelist()})
+    found = {}
+    for line, python in zip(done.stdout.split(), (sys.executable, newer_python()), strict=False):
+        with zipfile.ZipFile(line) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        found["stable" if python != sys.executable else "this"] = Built(Path(line), python, files)
+    return found
+
+
+@pytest.fixture(params=["this", "stable"] if newer_python() else ["this"])
+def built(request, every_wheel) -> Built:
+    return every_wheel[request.param]
 
 
 def test_pip_takes_it_for_macs_and_nothing_else(built, tmp_path):
@@ -113,9 +137,9 @@ def test_pip_takes_it_for_macs_and_nothing_else(built, tmp_path):
 def test_only_the_compiled_modules_differ_from_other_wheels(built, pure_wheel):
     names = {n for n in pure_wheel if not n.endswith((".dist-info/WHEEL", ".dist-info/RECORD"))}
     assert {name: built.files[name] for name in names} == {n: pure_wheel[n] for n in names}
-    assert len(built.files) == len(pure_wheel) + len(built.modules)
-    suffix = "abi3" if built.stable else f"cpython-3{sys.version_info[1]}-darwin"
-    assert set(built.modules) == {f"hadamoe/_cpu.{suffix}.so"}
+    own = darwin()
+    added = {"_cpu.abi3.so"} if built.stable else {f"_cpu.{own}", f"_mlx.{own}", "_mlx_built.py"}
+    assert built.files.keys() - pure_wheel.keys() == {f"hadamoe/{name}" for name in added}
 
 
 def test_the_record_is_right(built):
@@ -134,6 +158,11 @@ def test_the_record_is_right(built):
     }
 
 
+def darwin() -> str:
+    """The end of the name of a module for this version of Python on a Mac."""
+    return f"cpython-3{sys.version_info[1]}-darwin.so"
+
+
 def text(built: Built, name: str) -> str:
     return built.files[name].decode()
 
@@ -143,9 +172,10 @@ def test_modules_load_on_every_mac_the_tag_names(built):
         found = macho.read(data)
         assert found.filetype == macho.DYLIB
         assert found.oldest_macos == (14, 0)
-        assert (found.libraries, found.rpaths) == ([SYSTEM, CXX], [])
-        assert found.install_name == Path(name).name
-        stem = Path(name).name.split(".")[0]
+        assert found.install_name == name
+        stem = name.split(".")[0]
+        mlx = ([MLX], ["@loader_path/../mlx/lib"]) if stem == "_mlx" else ([], [])
+        assert (found.libraries, found.rpaths) == ([SYSTEM, CXX, *mlx[0]], mlx[1])
         assert found.offers - {"__mh_dylib_header", "___dso_handle"} == {f"_PyInit_{stem}"}
 
 
@@ -160,7 +190,7 @@ def test_every_page_is_signed(built):
 
 def test_no_path_of_this_machine_is_inside(built):
     for data in built.modules.values():
-        for path in (ROOT, Path.home(), Path(sys.prefix), Path("/tmp"), Path("/usr/include")):
+        for path in (ROOT, Path.home(), sys.prefix, sys.base_prefix, "/tmp/", "/usr/include"):
             assert str(path).encode() not in data
 
 
@@ -172,12 +202,25 @@ def test_every_symbol_is_somewhere_on_a_mac(built):
 def test_a_symbol_that_no_mac_has_is_found(built):
     for data in built.modules.values():
         for real, planted in [
-            (b"_pthread_atfork\0", b"_pthread_atfxxx\0"),
+            (b"_strcmp\0", b"_strcmq\0"),
             (b"_PyErr_SetString\0", b"_PyErr_SetStrong\0"),
             (b"__ZSt9terminatev\0", b"__ZSt9terminatiw\0"),
+            (b"__ZN3mlx4core8moveaxis", b"__ZN3mlx4core8moveaxle"),
         ]:
-            changed = macho.read(data.replace(real, planted))
-            assert unresolved(changed, built) == {planted[:-1].decode()}
+            missing = unresolved(macho.read(data.replace(real, planted)), built)
+            assert len(missing) == (real in data)
+            assert all(name.encode().startswith(planted.rstrip(b"\0")) for name in missing)
+
+
+def test_arrays_pass_between_our_module_and_mlx(every_wheel):
+    """nanobind shares types between modules whose tags, which name its ABI, are the same."""
+    tags = set()
+    with zipfile.ZipFile(fetched("mlx")) as archive:
+        files = [archive.read(n) for n in archive.namelist() if n.endswith(".so")]
+    for data in (*files, every_wheel["this"].modules[f"_mlx.{darwin()}"]):
+        assert b"\0mlx\0" in data
+        tags |= set(re.findall(rb"nanobind_system[a-z0-9_]*", data))
+    assert len(tags) == 1
 
 
 def unresolved(found: macho.MachO, built: Built) -> set[str]:
@@ -188,6 +231,8 @@ def unresolved(found: macho.MachO, built: Built) -> set[str]:
     missing = by_library.pop(SYSTEM) - system_symbols() - {"dyld_stub_binder"}  # dyld's own
     missing |= by_library.pop(CXX) - cxx_symbols()
     missing |= not_in_python(by_library.pop(None), built)
+    if MLX in by_library:
+        missing |= by_library.pop(MLX) - mlx_symbols()
     assert not by_library
     return missing
 
@@ -203,16 +248,20 @@ def system_symbols() -> set[str]:
 def cxx_symbols() -> set[str]:
     """What other people's modules take from libc++ (a Mac's own has more)."""
     found = set(ALSO_IN_CXX)
-    for project, release in PUBLISHED.items():
-        wheel = wheels.fetched(project, release, "macosx_14_0_arm64")
-        if wheel is None:
-            pytest.skip(f"PyPI is out of reach: the macOS wheel of {project} {release}")
-        with zipfile.ZipFile(wheel) as archive:
+    for project in PUBLISHED:
+        with zipfile.ZipFile(fetched(project)) as archive:
             for name in archive.namelist():
-                if name.endswith(".so"):
+                if name.endswith((".so", ".dylib")):
                     needs = macho.read(archive.read(name)).needs
                     found |= {symbol for symbol, library in needs.items() if library == CXX}
     return found
+
+
+@cache
+def mlx_symbols() -> set[str]:
+    """What MLX's own library offers."""
+    with zipfile.ZipFile(fetched("mlx-metal")) as archive:
+        return macho.read(archive.read("mlx/lib/libmlx.dylib")).offers
 
 
 def not_in_python(symbols: set[str], built: Built) -> set[str]:
@@ -236,7 +285,7 @@ def not_in_python(symbols: set[str], built: Built) -> set[str]:
 
 def test_a_torn_file_is_an_error(built):
     """The reader checks sizes: a file cut anywhere raises `BadMachO`, nothing else."""
-    (data,) = built.modules.values()
+    data = next(iter(built.modules.values()))
     for size in (*range(0, 4096, 7), *range(4096, len(data), 65537)):
         with pytest.raises(macho.BadMachO):
             macho.check_signature(macho.read(data[:size]), data[:size])
