@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from . import core, mxtext
-from .cuda_kernel import compile_kernel
+from . import core, mxtext, session
+from .cuda_kernel import SHARED_LIMIT, compile_kernel
 from .mxfast import from_numpy, to_numpy
 
 HEADER = """
@@ -43,31 +42,6 @@ TYPES = {
 #: (suffix of the parameter, its type); there where the source says the name and the input has
 #: dimensions.
 EXTRAS = (("shape", "Shape"), ("strides", "Strides"), ("ndim", "int"))
-
-
-@dataclass(frozen=True)
-class Options:
-    """How launches run; see `installed`."""
-
-    check: bool = False
-    contract: bool = True
-    schedule: str = "ascending"
-    seed: int = 1
-    findings: str = "raise"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch as it happened. traffic: buffer name -> (bytes read, bytes written)."""
-
-    name: str
-    source: str
-    grid: tuple[int, int, int]  # in threads
-    threadgroup: tuple[int, int, int]
-    findings: list[core.Finding]
-    traffic: dict[str, core.Traffic]
-    shared_bytes: int
-    stats: dict[str, int]
 
 
 def mangled(value: bool | int | mx.Dtype) -> str:
@@ -138,92 +112,89 @@ def extra_value(name: str, array: mx.array) -> np.ndarray | int:
     return padded(strides, np.int64)
 
 
-def cuda_kernel(options: Options, log: list[Launch]):
-    """`mx.fast.cuda_kernel` with the same signature; launches go to ``log``."""
+def cuda_kernel(
+    name,
+    input_names,
+    output_names,
+    source,
+    header="",
+    ensure_row_contiguous=True,
+    shared_memory=0,
+):
+    """`mx.fast.cuda_kernel`: runs in the session that is open when it is called."""
 
-    def make(
-        name,
-        input_names,
-        output_names,
-        source,
-        header="",
-        ensure_row_contiguous=True,
-        shared_memory=0,
+    def call(
+        *,
+        inputs,
+        output_shapes,
+        output_dtypes,
+        grid,
+        threadgroup,
+        template=None,
+        init_value=None,
+        verbose=False,
+        stream=None,
     ):
-        def call(
-            *,
-            inputs,
-            output_shapes,
-            output_dtypes,
-            grid,
-            threadgroup,
-            template=None,
-            init_value=None,
-            verbose=False,
-            stream=None,
-        ):
-            arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
-            text = generate(
-                *(name, input_names, output_names, source, header),
-                *(arrays, output_dtypes, template or []),
-            )
-            if verbose:
-                print(f"Generated source code for `{text[0]}`:\n```\n{text[1]}\n```")
-            arguments, names = [], []
-            for input_name, array in zip(input_names, arrays, strict=True):
-                arguments.append(to_numpy(array))
-                names.append(input_name)
-                for extra, _ in wanted(source, input_name, array):
-                    arguments.append(extra_value(extra, array))
-                    names.append(f"{input_name}_{extra}")
-            first = len(arguments)
-            for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
-                arguments.append(to_numpy(mx.full(shape, init_value or 0, dtype=dtype)))
-            fresh = range(first, len(arguments)) if init_value is None else ()
-            names += list(output_names)
-            launch = run(
-                *(options, text, arguments, names, fresh),
-                *(tuple(grid), tuple(threadgroup), shared_memory),
-            )
-            log.append(launch)
-            if launch.findings and options.findings == "raise":
-                raise core.CheckError(launch.name, launch.findings)
-            results = zip(arguments[first:], output_shapes, output_dtypes, strict=True)
-            return [from_numpy(a.reshape(s), d) for a, s, d in results]
+        arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
+        text = generate(
+            *(name, input_names, output_names, source, header),
+            *(arrays, output_dtypes, template or []),
+        )
+        if verbose:
+            print(f"Generated source code for `{text[0]}`:\n```\n{text[1]}\n```")
+        arguments, names = [], []
+        for input_name, array in zip(input_names, arrays, strict=True):
+            arguments.append(to_numpy(array))
+            names.append(input_name)
+            for extra, _ in wanted(source, input_name, array):
+                arguments.append(extra_value(extra, array))
+                names.append(f"{input_name}_{extra}")
+        first = len(arguments)
+        for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
+            arguments.append(to_numpy(mx.full(shape, init_value or 0, dtype=dtype)))
+        fresh = range(first, len(arguments)) if init_value is None else ()
+        names += list(output_names)
+        run(*text, arguments, names, fresh, tuple(grid), tuple(threadgroup), shared_memory)
+        results = zip(arguments[first:], output_shapes, output_dtypes, strict=True)
+        return [from_numpy(a.reshape(s), d) for a, s, d in results]
 
-        return call
-
-    return make
+    return call
 
 
-def run(options, text, arguments, names, fresh, grid, threadgroup, shared) -> Launch:
-    """Compiles and launches generated text; the grid counts threads, in whole blocks."""
-    name, source = text
+def run(name, source, arguments, names, fresh, grid, threadgroup, shared) -> None:
+    """One launch of generated text, logged; the grid counts threads, in whole blocks."""
+    options, log = session.current(name)
     kernel = compile_kernel(
         source, f"mlx::core::cu::{name}", check=options.check, contract=options.contract
     )
     blocks = tuple(-(-a // b) for a, b in zip(grid, threadgroup, strict=True))
     result = kernel(
-        *(arguments, blocks, threadgroup, shared, fresh, names),
+        *(arguments, blocks, threadgroup, shared, fresh, names, options.threadgroup_limit),
+        ftz=options.ftz,
         schedule=options.schedule,
         seed=options.seed,
+        transactions=options.transactions,
     )
     counted = (result.findings, result.traffic, result.threadgroup_bytes, result.stats)
-    return Launch(name, source, grid, threadgroup, *counted)
+    log.append(session.Launch(name, source, grid, threadgroup, *counted))
+    if result.findings and options.findings == "raise":
+        raise core.CheckError(name, result.findings)
 
 
 @contextlib.contextmanager
-def installed(**options) -> Iterator[list[Launch]]:
+def installed(**options) -> Iterator[list[session.Launch]]:
     """Inside, `mx.fast.cuda_kernel` runs in the simulator. Yields the log of launches.
 
-    check: find races, bounds, uninitialised reads, masks (slower). contract: a * b + c may round
-    once. schedule: ascending, descending or random (seed). findings: "raise" CheckError, or "keep"
-    them in the log.
+    check: find races, bounds, uninitialised reads, masks (slower), count bytes. transactions: count
+    memory lines too. findings: "raise" CheckError after the launch, or "keep" them in the log.
+    threadgroup_limit: bytes of shared memory of a launch that asks for some. ftz: flush denormals,
+    which nvcc does not by default. contract: a * b + c may round once. schedule of threads:
+    ascending, descending or random (seed).
     """
-    log: list[Launch] = []
     before = mx.fast.cuda_kernel
-    mx.fast.cuda_kernel = cuda_kernel(Options(**options), log)
-    try:
-        yield log
-    finally:
-        mx.fast.cuda_kernel = before
+    with session.opened(**{"ftz": False, "threadgroup_limit": SHARED_LIMIT, **options}) as log:
+        mx.fast.cuda_kernel = cuda_kernel
+        try:
+            yield log
+        finally:
+            mx.fast.cuda_kernel = before

@@ -71,6 +71,13 @@ def opened(**options) -> Iterator[list[Launch]]:
         _open.pop()
 
 
+def current(name: str) -> tuple[Options, list[Launch]]:
+    """The open session, in which kernel `name` runs."""
+    if not _open:
+        raise RuntimeError(f"{name} is a simulated kernel: it runs only inside installed()")
+    return _open[-1]
+
+
 def run(
     name: str,
     source: str,
@@ -85,9 +92,7 @@ def run(
 
     `fresh` are the numbers of buffers whose content starts undefined.
     """
-    if not _open:
-        raise RuntimeError(f"{name} is a simulated kernel: it runs only inside metal.installed()")
-    options, log = _open[-1]
+    options, log = current(name)
     if len(buffers) > MAX_BUFFERS:
         raise ValueError(f"{name}: {len(buffers)} buffers, Metal allows {MAX_BUFFERS}")
     for what, size in (("grid", grid), ("threadgroup", threadgroup)):

@@ -133,7 +133,7 @@ def test_shapes_strides_and_shared_memory():
     with cuda.installed(check=True) as log:
         y = transposed(BODY, shared_memory=48)
     assert np.array_equal(np.array(y), np.arange(12).reshape(3, 4).T)
-    assert log[0].shared_bytes == 48
+    assert log[0].threadgroup_bytes == 48
 
 
 def test_findings_are_raised():
