@@ -1,4 +1,4 @@
-"""Quantized prompt caches for mlx-lm, in MLX operations only: lazy, on any device, traceable.
+"""Quantized prompt caches for mlx-lm, on any device of MLX.
 
     from hadamoe.mlx_cache import make_prompt_cache
     cache = make_prompt_cache(model, "hk4v3")
@@ -20,7 +20,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat, formats_of, page_bytes
-from .mlx_kv import kv_decode, kv_encode, refuse
+from .mlx_kv import kv_decode, kv_encode
 
 __all__ = ["HadamoeBatchKVCache", "HadamoeKVCache", "make_prompt_cache"]
 
@@ -30,17 +30,15 @@ def make_prompt_cache(model: Any, kv: str | Sequence[str] = "hk4v3") -> list[Any
 
     Args:
         model: a model of mlx-lm.
-        kv: a preset of `hadamoe.kv.PRESETS` or ``"KEY/VALUE"`` of the codecs h2, h3, h4, h8,
-            affine4, affine8 and bf16; or one of these per attention layer. "bf16" leaves mlx-lm's
-            own cache.
+        kv: a preset of `hadamoe.kv.PRESETS` or ``"KEY/VALUE"`` of two codecs; or one of these per
+            attention layer. "bf16" leaves mlx-lm's own cache.
 
     Returns:
         One cache per layer: `HadamoeKVCache` for attention, mlx-lm's own for linear attention.
 
     Raises:
         ContractError: an unknown preset, or a list of another length than the attention layers.
-        UnsupportedError: a codec without MLX code; a layer whose cache is neither a state nor
-            attention to all tokens.
+        UnsupportedError: a layer whose cache is neither a state nor attention to all tokens.
     """
     return quantized(mlx_lm_cache.make_prompt_cache(model), kv)
 
@@ -125,7 +123,8 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
     its own chunk unquantized: a prompt cut elsewhere gives slightly other numbers.
 
     Sequences of one batch are equally long; mlx-lm's batched generation uses `HadamoeBatchKVCache`.
-    NaN is not refused: it is read back as NaN.
+    NaN is not refused: it is read back as NaN, but for codecs of other software on the CPU
+    (`mlx_kv`).
 
     Attributes:
         offset: tokens stored.
@@ -134,13 +133,9 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
 
     Args:
         form: codecs of keys and values.
-
-    Raises:
-        UnsupportedError: a codec without MLX code.
     """
 
     def __init__(self, form: KVFormat) -> None:
-        refuse(form)
         self.format = form
         self.offset = 0
         self.kept = 1

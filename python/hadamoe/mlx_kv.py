@@ -1,40 +1,41 @@
-"""Pages of the quantized KV cache in MLX: lazy, on any of MLX's devices, traceable.
+"""Pages of the quantized KV cache in MLX: lazy, on any of MLX's devices.
 
 The bytes are those of `hadamoe.kv_ops.kv_encode`: the same steps in f32, one rounding each. On a
-Metal device they are one kernel (`hadamoe.mlx_metal_kv`) and there for every codec; elsewhere, and
-with ``vectors``, they are MLX's operations. A GPU may sum MLX's transform in another order; then a
-number on a code's edge may get the code beside it, and a scale its neighbour in f16.
+Metal device they are one kernel (`hadamoe.mlx_metal_kv`). On the CPU the native op decodes, lazily
+where `hadamoe.mlx` is lazy, and encodes the codecs of other software. All else is MLX's operations:
+encoding (the native op refuses NaN, a lazy operation keeps it), ``vectors``, and our own codecs
+where native ops are eager, so that they can be traced. A GPU may sum MLX's transform in another
+order; then a number on a code's edge may get the code beside it, and a scale its neighbour in f16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
 from . import mlx_metal_kv
-from .errors import UnsupportedError
-from .kv import KEY_SEED, PAGE, VALUE_SEED, signs
-from .mlx_metal import available
+from .kv import CODECS, KEY_SEED, PAGE, VALUE_SEED, page_bytes, signs
+from .mlx_host import Output, call
+from .mlx_ops import route
 from .reference_kv import bits_of, table
 
-__all__ = ["kv_decode", "kv_encode", "refuse"]
+__all__ = ["kv_decode", "kv_encode"]
 
 _AFFINE_GROUP = 64  # columns that share a scale
+_SCALE = np.ones(1, np.float32)  # of fp8
 
 
-def refuse(codecs: Iterable[str]) -> None:
-    """Raises for codecs that have no code on this device.
+def _in_mlx(codec: str) -> bool:
+    """Whether the codec is there in MLX's operations."""
+    return bool(bits_of(codec)) or codec == "bf16" or codec.startswith("affine")
 
-    Raises:
-        UnsupportedError: a codec of other software, without a Metal device.
-    """
-    for codec in () if available() else codecs:
-        if not (bits_of(codec) or codec == "bf16" or codec.startswith("affine")):
-            needs = "h2, h3, h4, h8, affine4, affine8 or bf16"
-            raise UnsupportedError(f"kv: {codec} has no MLX code, needs {needs}")
+
+def _native(op: str, x: mx.array, codec: str, side: str, d: int, result: Output) -> mx.array:
+    seed = KEY_SEED if side == "key" else VALUE_SEED
+    inputs, ints = [x, signs(d, seed), None, None, _SCALE], [CODECS[codec], int(side == "value")]
+    return call(op, inputs, [result.kept], [result], ints=ints)[0]
 
 
 def kv_encode(rows: mx.array, codec: str, *, side: str, vectors: tuple | None = None) -> mx.array:
@@ -47,12 +48,18 @@ def kv_encode(rows: mx.array, codec: str, *, side: str, vectors: tuple | None = 
             (x - mean) * balance.
 
     Returns:
-        u8 ``[..., bytes]``. A lazy operation cannot refuse NaN: a row with one (affine: a group)
-        is read back as NaN, the others as ever.
+        u8 ``[..., bytes]``. NaN: a row with one (affine: a group) is read back as NaN, the others
+        as ever.
+
+    Raises:
+        ContractError: NaN, from ``mx.eval``, in codecs of other software on the CPU.
     """
     *lead, _, d = rows.shape
-    if vectors is None and available():
+    if vectors is None and route() == "metal":
         return mlx_metal_kv.kv_encode(rows, codec, side=side)
+    if not _in_mlx(codec):
+        pages = Output(0, len(lead), (page_bytes(codec, d),), mx.uint8)
+        return _native("kv_encode", rows.astype(mx.float32), codec, side, d, pages)
     if codec == "bf16":
         parts = [rows.astype(mx.bfloat16)]
     elif bits := bits_of(codec):
@@ -82,8 +89,11 @@ def kv_decode(
         f32 ``[..., 64, head_dim]``.
     """
     lead, d = pages.shape[:-1], head_dim
-    if vectors is None and available():
+    if vectors is None and route() == "metal":
         return mlx_metal_kv.kv_decode(pages, codec, d, side=side)
+    if not _in_mlx(codec) or (vectors is None and route() == "lazy"):
+        rows = Output(0, len(lead), (PAGE, d), mx.float32)
+        return _native("kv_decode", pages, codec, side, d, rows)
     if codec == "bf16":
         return pages.view(mx.bfloat16).reshape(*lead, PAGE, d).astype(mx.float32)
     bits = bits_of(codec) or int(codec[6:])

@@ -21,7 +21,6 @@ from .kv import formats_of, page_bytes
 from .machine import no_collection
 from .mlx_blocks import Attention, DecoderLayer, GatedDeltaNet, SparseMoeBlock
 from .mlx_cache import quantized
-from .mlx_kv import refuse
 from .mlx_layers import QEmbedding, QLinear
 from .packed import census
 from .resident import Progress, make_resident
@@ -196,10 +195,8 @@ def _codecs(kv: str | Sequence[str], args: Any, kinds: Sequence[str]) -> str | N
     """`Model.kv` of what `load` was given, checked."""
     found = formats_of(kv, kinds.count("full_attention"))
     head_dim = qwen3_5.TextModelArgs.from_dict(copy.deepcopy(args.text_config)).head_dim
-    for form in set(found):
-        refuse(form)
-        for codec in form:
-            page_bytes(codec, head_dim)
+    for codec in {codec for form in found for codec in form}:
+        page_bytes(codec, head_dim)
     if all(form.raw for form in found):
         return None
     return kv if isinstance(kv, str) else ",".join(kv)

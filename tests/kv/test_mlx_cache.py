@@ -19,7 +19,7 @@ mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip inst
 from mlx_lm.generate import batch_generate  # noqa: E402
 from mlx_lm.models import cache as theirs  # noqa: E402
 
-from hadamoe import mlx_kv  # noqa: E402
+from hadamoe import mlx_host, mlx_kv  # noqa: E402
 from hadamoe.mlx_cache import (  # noqa: E402
     HadamoeBatchKVCache,
     HadamoeKVCache,
@@ -27,6 +27,7 @@ from hadamoe.mlx_cache import (  # noqa: E402
 )
 
 CODECS = ("h2", "h3", "h4", "h8", "affine4", "affine8", "bf16")
+OTHERS = ("turbo2", "turbo3", "turbo4", "fp8", "kivi2", "kivi4")  # native on the CPU
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 191, 192, 300)
 FORMAT = KVFormat("h4", "h3")
 B, G, D = 2, 2, 64
@@ -67,6 +68,33 @@ def same(a, b):
     )
 
 
+@pytest.fixture(params=["lazy", "eager"])
+def route(request, monkeypatch):
+    """Both ways native ops may run."""
+    if request.param == "eager":
+        monkeypatch.setattr(mlx_host, "bridge", None)
+    elif mlx_host.bridge is None:
+        pytest.skip("_mlx was not built for the installed mlx (HM_MLX=1 pip install .)")
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("codec", OTHERS)
+def test_pages_of_other_software(codec, side, route):
+    x = np.random.default_rng(0).standard_normal((2, 3, PAGE, D)).astype("f4")
+    pages = mlx_kv.kv_encode(mx.array(x).astype(mx.bfloat16), codec, side=side)
+    rounded = np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32)).reshape(6, PAGE, D)
+    np.testing.assert_array_equal(
+        np.array(pages).reshape(6, -1), kv_ops.kv_encode(rounded, codec, side=side)
+    )
+    decoded = mlx_kv.kv_decode(pages, codec, D, side=side)
+    expected = kv_ops.kv_decode(np.array(pages).reshape(6, -1), codec, D, side=side)
+    np.testing.assert_array_equal(np.array(decoded).reshape(6, PAGE, D), expected)
+    x[1, 2, 5, 7] = np.nan
+    with pytest.raises(ContractError, match="has a number that is not finite"):
+        mx.eval(mlx_kv.kv_encode(mx.array(x), codec, side=side))
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("side", ["key", "value"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("d", [64, 128, 256])
@@ -354,13 +382,6 @@ def test_batches_hold_the_pages_of_single_sequences():
     assert batch.trim(60) == 60
     assert batch.offset.tolist() == [133, 20, 89]
     assert [c.offset for c in alone] == [80, 149, 193]
-
-
-@pytest.mark.parametrize("kv", ["turbo4v2", "fp8", "kivi4", "h4/turbo2"])
-def test_codecs_without_mlx_code_are_refused(model, kv):
-    codec = kv.split("/")[-1] if "/" in kv else {"turbo4v2": "turbo4"}.get(kv, kv)
-    with pytest.raises(UnsupportedError, match=f"kv: {codec} has no MLX code"):
-        make_prompt_cache(model.model, kv)
 
 
 def test_other_refusals(model):

@@ -107,7 +107,7 @@ def test_sequences_join_and_leave_a_running_batch(load, text):
     assert [found[uid] for uid in uids] == alone
 
 
-@pytest.mark.parametrize("kv", ["hk8v8", "hk4v3", "affine8", "h8/h4,bf16"])
+@pytest.mark.parametrize("kv", ["hk8v8", "hk4v3", "affine8", "turbo4v2", "h8/h4,bf16"])
 def test_quantized_caches_unasked(kv, load, checkpoint, text):
     """load(kv=) is enough: generate and batch_generate fill the caches it names."""
     presets = tuple(kv.split(",")) if "," in kv else kv

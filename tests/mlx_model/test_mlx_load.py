@@ -79,7 +79,6 @@ def test_resident(name, checkpoint, load):
         ({"dtype": mx.int32}, ContractError, "load: dtype=int32, needs"),
         ({"kv": "q4"}, ContractError, "kv: 'q4' is no preset, needs one of bf16, hk8v8"),
         ({"kv": ["hk4v3"]}, ContractError, "kv: has 1 presets, needs one or 2"),
-        ({"kv": "fp8"}, UnsupportedError, "kv: fp8 has no MLX code, needs h2, h3"),
         ({"rope": "yarn"}, ContractError, "rope: 'yarn', needs yarn:FACTOR"),
         (
             {"rope": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedError,
