@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import tarfile
 import tempfile
@@ -68,6 +69,17 @@ def logits(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     arrays = golden(f"{name}_logits")
     ids, whole, decode = LOGITS[name]
     return arrays[ids].astype(np.int64), arrays[whole], arrays[decode] if decode else None
+
+
+def mapped_pages(folder: Path) -> int:
+    """Bytes of this folder's mapped files that are in memory; Linux."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = str(folder) in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def forget() -> None:

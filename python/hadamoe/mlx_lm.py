@@ -30,8 +30,12 @@ def main() -> None:
     kv = given["kv"]
     given["kv"] = kv.split(",") if kv and "," in kv else kv
     mlx_lm_hook.defaults.update({k: v for k, v in given.items() if v})
-    from mlx_lm import cli
-
+    try:
+        from mlx_lm import cli
+    except ModuleNotFoundError as e:
+        if e.name not in ("mlx", "mlx.core", "mlx_lm"):
+            raise
+        parser.error(f"needs {e.name}; install it with: pip install 'hadamoe[mlx]'")
     sys.argv = ["mlx_lm", *command]
     cli.main()
 

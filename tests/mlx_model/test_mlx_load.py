@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import recorded
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'hadamoe[mlx]')")
 mlx_lm = pytest.importorskip(
@@ -27,6 +30,7 @@ from hadamoe import (  # noqa: E402
     UnsupportedError,
     Weight,
     mlx_model,
+    synth,
 )
 from hadamoe.mlx_layers import QLinear  # noqa: E402
 
@@ -58,6 +62,19 @@ def test_stored_matrices_are_no_parameters(format, load):
     mx.eval(model.parameters())
     model.freeze()
     assert not tree_flatten(model.trainable_parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts mapped pages")
+def test_opening_reads_headers_norms_and_scales_only(tmp_path):
+    shape = dataclasses.replace(synth.TINY, layers=4, hidden=512, experts=48, moe=512)
+    plan = synth.plan("jangtq2", shape, mtp=False)
+    path = plan.write(tmp_path / "jangtq2")
+    model, _ = hadamoe.load(path, framework="mlx")
+    mx.eval(model.parameters())
+    opened = recorded.mapped_pages(path)
+    assert opened < 0.2 * plan.nbytes
+    assert mx.isfinite(model(mx.array([[1]]))).all()
+    assert opened < recorded.mapped_pages(path) <= 1.1 * plan.nbytes
 
 
 def test_directories_without_a_tokenizer(load):

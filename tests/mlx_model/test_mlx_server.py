@@ -97,7 +97,7 @@ def test_a_chat(server):
 def test_generate(checkpoint):
     options = ["--model", str(checkpoint(NAME)), "--prompt", PROMPT, "--max-tokens", "30"]
     options += ["--ignore-chat-template", "--temp", "0"]
-    command = [*COMMAND, "--dtype", "float32", "generate", *options]
+    command = [*COMMAND, "--dtype", "float32", "--resident", "generate", *options]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert TEXT[:30].strip() in out
 

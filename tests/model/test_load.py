@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recorded
 
 torch = pytest.importorskip("torch")
 
@@ -276,17 +276,6 @@ assert AutoModelForImageTextToText.from_pretrained.__func__.hadamoe
         subprocess.run([sys.executable, "-c", code.format(first=first)], check=True)
 
 
-def mapped_pages(folder):
-    """Bytes of this folder's mapped files that are in memory."""
-    total, ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            ours = str(folder) in line
-        elif ours and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
-
-
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts mapped pages")
 @pytest.mark.parametrize("format", ["jangtq2", "w4a16"])
 def test_opening_reads_headers_norms_and_scales_only(format, tmp_path):
@@ -294,8 +283,8 @@ def test_opening_reads_headers_norms_and_scales_only(format, tmp_path):
     plan = synth.plan(format, shape, mtp=False)
     path = plan.write(tmp_path / format)
     model, _ = hadamoe.load(path)
-    opened = mapped_pages(path)
+    opened = recorded.mapped_pages(path)
     assert opened < 0.2 * plan.nbytes
     with torch.no_grad():
         assert model(torch.tensor([[1]])).logits.isfinite().all()
-    assert opened < mapped_pages(path) <= 1.1 * plan.nbytes
+    assert opened < recorded.mapped_pages(path) <= 1.1 * plan.nbytes
