@@ -16,8 +16,8 @@ from . import toolchain
 
 SCHEDULES = ("ascending", "descending", "random")
 ORDERS = ("butterfly", "sequential", "reversed")
-#: Files of the simulator itself: a finding names the line of the user's kernel that called them.
-OWN_FILES = ("msl.h", "cuda_emu.h", "simt_thunk")
+#: Places inside the simulator: a finding names the line of the user's kernel that called them.
+OWN_PLACES = (str(toolchain.HERE / "include"), "simt_thunk")
 
 
 _one_launch = threading.Lock()  # the engine's findings and buffers are global
@@ -203,8 +203,7 @@ def source_lines(path: str, addresses: Sequence[int]) -> dict[int, str]:
     for address, block in zip(places, answer, strict=True):
         for line in block.splitlines()[1:]:  # innermost inlined function first
             name = os.path.basename(re.sub(r" \(discriminator.*", "", line))
-            own = name.startswith(OWN_FILES) or str(toolchain.HERE / "include") in line
-            if "?" not in name and not own:
+            if "?" not in name and not any(own in line for own in OWN_PLACES):
                 places[address] = name
                 break
     return places
@@ -220,7 +219,7 @@ def _findings(lib: C.CDLL, path: str, lines: Sequence[str]) -> list[Finding]:
         where = places.get(r.pc, "")
         if r.file:
             where = f"{os.path.basename(r.file.decode())}:{r.line}"
-        line = re.fullmatch(r"kernel\.(?:metal|cu):(\d+)", where)
+        line = re.fullmatch(r"kernel\.metal:(\d+)", where)
         code = lines[int(line[1]) - 1].strip() if line and int(line[1]) <= len(lines) else ""
         who = {}
         if r.in_kernel:

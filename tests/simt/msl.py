@@ -44,6 +44,8 @@ FAST = ["-O2"]
 CHECKED = [
     *("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-fsanitize=thread"),
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    # x[i] += 1 is a read as well, which a race detector may leave out.
+    *("-mllvm", "-tsan-instrument-read-before-write=1"),
     "-fsanitize=bounds,shift,integer-divide-by-zero,float-cast-overflow",
     "-fno-sanitize=shift-base",
 ]
