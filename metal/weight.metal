@@ -2,6 +2,9 @@
 // python/hadamoe/metal_weight.py makes both; codes are a checkpoint's own bits.
 #include "place.metal"
 
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define EACH(i, n) UNROLL for (int i = 0; i < n; i++)
+
 namespace hm {
 
 enum Table { linear, linear_signed, e2m1, e2m1_gguf, codebook, plain };
@@ -12,115 +15,107 @@ struct Part {
   uint rows, kind, group, stride, codes, scale, bias, table;  // stride: words from row to row
 };
 constexpr constant uint NONE = 0xffffffffu;
-constexpr constant uint KIND = 0xffffffu;    // table << 16 | bits << 8 | scale
-constexpr constant uint ROTATED = 1u << 24;  // the part reads x rotated
 
-METAL_FUNC Part part_at(const device uint* parts, uint i) {
-  const device uint* p = parts + 8 * i;
-  Part part;
-  part.rows = p[0], part.kind = p[1], part.group = p[2], part.stride = p[3];
-  part.codes = p[4], part.scale = p[5], part.bias = p[6], part.table = p[7];
-  return part;
-}
+METAL_FUNC Part part_at(const device uint* parts, uint i) { return ((const device Part*)parts)[i]; }
 
 METAL_FUNC const device uint* piece(const device uint* words, uint place) { return words + 4ul * place; }
 
-// Scale or bias i as f32. E8M0's least, 2^-127, is below what a flushing GPU can hold: twice it here (see halved).
-template <int SCALE>
-METAL_FUNC float scale_at(const device uint* scales, ulong i) {
-  if constexpr (SCALE == f32) {
-    return as_type<float>(scales[i]);
-  } else if constexpr (SCALE == f16) {
-    return float(((const device half*)scales)[i]);
-  } else if constexpr (SCALE == bf16) {
-    return as_type<float>(uint(((const device ushort*)scales)[i]) << 16);
-  } else {
-    const uint e = ((const device uchar*)scales)[i];
-    return as_type<float>(e == 255u ? 0x7fc00000u : max(e, 1u) << 23);
-  }
-}
-// What to multiply a sum with before its scale, so that the product is right where the scale is 2^-127.
-template <int SCALE>
-METAL_FUNC float halved(const device uint* scales, ulong i) {
-  if constexpr (SCALE == e8m0) return ((const device uchar*)scales)[i] == 0 ? 0.5f : 1.0f;
-  return 1.0f;
-}
-
-// Table entries in registers. An indexed table would live in memory; a tree of selects does not.
-template <int BITS>
-struct Entries {
-  float v[1 << BITS];
-  METAL_FUNC float operator[](uint code) const {
-    float level[1 << BITS];
-    for (int i = 0; i < 1 << BITS; i++) level[i] = v[i];
-    for (int b = 0; b < BITS; b++) {
-      const bool bit = (code >> b) & 1u;
-      for (int i = 0; i < 1 << (BITS - 1 - b); i++) level[i] = select(level[2 * i], level[2 * i + 1], bit);
-    }
-    return level[0];
-  }
+// What a kind says. Kernels are compiled for kinds, so all of it is known then.
+template <int KIND>
+struct Kind {
+  enum {
+    table = KIND >> 16 & 255,
+    bits = KIND >> 8 & 255,
+    scale = KIND & 255,
+    rotated = KIND >> 24 & 1,   // the part reads x rotated
+    group = 32 * (KIND >> 25),  // 0: one scale for a whole row, or none
+    // A lane takes this many columns at once: 16 bytes, or, where codes straddle words, 32 columns.
+    columns = bits == 2 ? 64 : bits < 8 ? 32 : bits == 8 ? 16 : 8,
+    words = columns * bits / 32,
+  };
 };
-template <>
-struct Entries<0> {};
 
-METAL_FUNC float e2m1_value(uint code) {  // the bits of a half, 2^14 too small
-  const uint h = (code & 8u) << 12 | (code & 7u) << 9;
-  return float(as_type<half>(ushort(h))) * 16384.0f;
+// Codes of one kind; a specialisation for each table has a file of its own.
+//   open(words, part, lane)   whatever it keeps in registers
+//   eight(w, i, v)            v[0..8): numbers 8 i .. 8 i + 7 of the piece with words w, before scale and bias
+template <int TABLE, int BITS, int SCALE>
+struct Codes;
+
+template <int WORDS>
+METAL_FUNC void load_words(const device uint* from, thread uint* to) {
+  if constexpr (WORDS % 4 == 0) {
+    EACH(i, WORDS / 4) {
+      const uint4 w = ((const device uint4*)from)[i];
+      EACH(j, 4) to[4 * i + j] = w[j];
+    }
+  } else {
+    EACH(i, WORDS) to[i] = from[i];
+  }
 }
 
-// Codes of one kind, 32 columns (a unit: `bits` words) at a time.
-template <int TABLE, int BITS, int SCALE>
-struct Codes {
-  static constexpr constant int table_bits = TABLE == codebook ? BITS : 0;
-  Entries<table_bits> entries;
+// v[0..8) = p[i..i + 8), 0 from LIMIT on; i is a multiple of 8.
+template <int LIMIT, class T>
+METAL_FUNC void load_eight(const device T* p, uint i, thread float* v) {
+  if constexpr (LIMIT % 8 == 0) {
+    const float4 a = float4(*(const device vec<T, 4>*)(p + i)), b = float4(*(const device vec<T, 4>*)(p + i + 4));
+    EACH(j, 4) v[j] = a[j], v[j + 4] = b[j];
+  } else {
+    EACH(j, 8) v[j] = i + j < uint(LIMIT) ? float(p[i + j]) : 0.0f;
+  }
+}
 
-  METAL_FUNC void open(const device uint* words, Part part) {
-    if constexpr (TABLE == codebook) {
-      const device float* t = (const device float*)piece(words, part.table);
-      for (int i = 0; i < 1 << BITS; i++) entries.v[i] = t[i];
-    }
+// Where number i of a rotated row lies in threadgroup memory. Lanes that read 4 numbers, 8 to 64 apart, meet different banks.
+constexpr uint padded(uint k) { return (k + 31) / 32 * 32; }  // what it needs for a row
+METAL_FUNC uint slot(uint i) { return i ^ ((i >> 5 ^ i >> 8) & 7u) << 2; }
+
+// v[0..8) = y[i..i + 8).
+METAL_FUNC void turned_eight(const threadgroup float* y, uint i, thread float* v) {
+  const float4 a = *(const threadgroup float4*)(y + slot(i)), b = *(const threadgroup float4*)(y + slot(i + 4));
+  EACH(j, 4) v[j] = a[j], v[j + 4] = b[j];
+}
+
+// Bits of a stored number, and the number.
+template <int SCALE>
+METAL_FUNC uint stored(const device uint* p, ulong i) {
+  if constexpr (SCALE == f32) return p[i];
+  else if constexpr (SCALE == e8m0) return ((const device uchar*)p)[i];
+  else return ((const device ushort*)p)[i];
+}
+template <int SCALE>
+METAL_FUNC float number(uint bits) {
+  if constexpr (SCALE == f32) return as_type<float>(bits);
+  else if constexpr (SCALE == f16) return float(as_type<half>(ushort(bits)));
+  else if constexpr (SCALE == bf16) return as_type<float>(bits << 16);
+  // 2^-127 is below what a flushing GPU holds: twice it here, see Factor
+  else return as_type<float>(bits == 255u ? 0x7fc00000u : max(bits, 1u) << 23);
+}
+
+// Scale and bias of a group.
+template <int TABLE, int BITS, int SCALE>
+struct Factor {
+  uint scale, bias;  // as stored
+
+  METAL_FUNC void load(const device uint* words, Part part, ulong i) {
+    scale = stored<SCALE>(piece(words, part.scale), i);
+    if (TABLE == linear && part.bias != NONE) bias = stored<SCALE>(piece(words, part.bias), i);
   }
-  METAL_FUNC float value(uint code) const {
-    if constexpr (TABLE == linear || TABLE == linear_signed) return float(int(code) - (1 << (BITS - 1)));
-    else if constexpr (TABLE == codebook) return entries[code];
-    else return e2m1_value(code);
-  }
-  // w: 32 numbers of the unit whose words begin at p (a row's, but for GGUF, whose blocks are 17 bytes).
-  METAL_FUNC void unit(const device uint* row, uint u, thread float* w) const {
-    if constexpr (TABLE == plain) {
-      for (int i = 0; i < 32; i++) w[i] = scale_at<SCALE>(row, 32 * u + i);
-    } else if constexpr (TABLE == e2m1_gguf) {
-      const device uchar* block = (const device uchar*)row + 17 * u + 1;
-      for (int i = 0; i < 16; i++) w[i] = value(block[i] & 15u), w[i + 16] = value(block[i] >> 4);
+  // What lane `from` has loaded.
+  METAL_FUNC void share(uint from) {
+    if constexpr (SCALE == f32) {
+      scale = simd_shuffle(scale, ushort(from));
+      if (TABLE == linear) bias = simd_shuffle(bias, ushort(from));
     } else {
-      uint stream[BITS];
-      for (int i = 0; i < BITS; i++) stream[i] = row[BITS * u + i];
-      for (int i = 0; i < 32; i++) {
-        const int at = i * BITS, word = at / 32, bit = at % 32;
-        uint code = stream[word] >> bit;
-        if (bit + BITS > 32) code |= stream[word + 1] << (32 - bit);
-        w[i] = value(code & ((1u << BITS) - 1u));
-      }
+      const uint both = simd_shuffle(scale | bias << 16, ushort(from));
+      scale = both & 0xffffu, bias = both >> 16;
     }
   }
-  // The sum over a unit (dot: of w x, sum: of x) under its scale and bias. row: the part's row, groups: of a row.
-  METAL_FUNC float scaled(const device uint* words, Part part, ulong row, uint groups, uint u, float dot,
-                          float sum) const {
-    if constexpr (TABLE == plain) {
-      return dot;
-    } else if constexpr (TABLE == e2m1_gguf) {
-      const device uchar* block = (const device uchar*)(piece(words, part.codes) + row * part.stride) + 17 * u;
-      const uint e = block[0];
-      return dot * (e == 0 ? 0.5f : 1.0f) * as_type<float>(e == 255u ? 0x7fc00000u : max(e, 1u) << 23);
-    } else {
-      const ulong g = row * groups + (groups == 1 ? 0 : 32 * u / part.group);
-      const device uint* scales = piece(words, part.scale);
-      const float s = scale_at<SCALE>(scales, g), product = dot * halved<SCALE>(scales, g) * s;
-      if constexpr (TABLE != linear) return product;
-      const float bias = part.bias == NONE ? 0.0f : scale_at<SCALE>(piece(words, part.bias), g);
-      // codes count from their middle: code * x and bias * sum(x) would be large and cancel
-      return product + (bias + float(1 << (BITS - 1)) * s) * sum;
-    }
+  // Of a dot product with the codes' numbers, and the sum of what they were multiplied with.
+  METAL_FUNC float times(float dot, float sum) const {
+    const float s = number<SCALE>(scale);
+    if constexpr (SCALE == e8m0) return dot * (scale == 0 ? 8192.0f : 16384.0f) * s;  // e2m1.metal's 2^14
+    if constexpr (TABLE != linear) return dot * s;
+    // codes count from their middle: code * x and bias * sum(x) would be large and cancel
+    return dot * s + (number<SCALE>(bias) + float(1 << (BITS - 1)) * s) * sum;
   }
 };
 

@@ -39,7 +39,7 @@ LAYERS = [
     {"roles", "torch_cache", "reference_kv_peers", "metal_weight"},
     {"reference_kv", "kv_ops", "metal_products", "metal_moe", "metal_delta", "metal_kv"},
     {"mlx_metal", "torch_mps"},
-    {"mlx_metal_delta", "mlx_metal_moe", "mlx_metal_kv"},
+    {"mlx_metal_products", "mlx_metal_delta", "mlx_metal_moe", "mlx_metal_kv"},
     {"mlx_host"},
     {"ops", "torch_ops", "mlx_ops", "kv_pool", "kv_file"},
     {"mlx"},

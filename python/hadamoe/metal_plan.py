@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from string import ascii_uppercase, digits
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "metal"
@@ -32,14 +34,16 @@ class Launch(NamedTuple):
 
     Attributes:
         kernel: function template in ``metal/<file>.metal``.
-        file: its file's stem.
+        file: stems of its files, joined by ``+``: the function's own, last, after those of the
+            tables it reads.
         constants: integer template arguments, in order.
         inputs: names of the arrays it reads, in order; a name may stand for an absent array, given
             with the element type of the null pointer that is passed for it.
         outputs: arrays it writes; they follow the inputs.
         groups: threadgroups in x, y, z.
         threads: of a group.
-        shared: threadgroup arrays (element type, count); they follow the outputs.
+        shared: threadgroup arrays (element type, count); they follow the outputs. A null pointer
+            for a count of 0.
     """
 
     kernel: str
@@ -70,12 +74,10 @@ class Launch(NamedTuple):
         arguments += [out.name for out in self.outputs]
         lines = []
         for i, (kind, count) in enumerate(self.shared):
-            lines.append(f"  threadgroup {kind} shared{i}[{count}];")
-            arguments.append(f"shared{i}")
-        if self.constants:
-            named = ", ".join(f"{name} = {value}" for name, value in self.constants.items())
-            lines.append(f"  constexpr int {named};")
-        constants = ", ".join(self.constants)
+            if count:
+                lines.append(f"  threadgroup {kind} shared{i}[{count}];")
+            arguments.append(f"shared{i}" if count else f"(threadgroup {kind}*)nullptr")
+        constants = ", ".join(map(str, self.constants.values()))
         lines.append(
             "  const hm::Place at{threadgroup_position_in_grid, thread_index_in_threadgroup, "
             "simdgroup_index_in_threadgroup, thread_index_in_simdgroup};"
@@ -86,7 +88,11 @@ class Launch(NamedTuple):
 
 @cache
 def source(stem: str) -> str:
-    """The text of ``metal/<stem>.metal``: includes put in their place, once each; no comments."""
+    """The text of files of ``metal``: includes put in their place, once each; no comments.
+
+    Args:
+        stem: stems of files, joined by ``+``.
+    """
     seen: set[str] = set()
 
     def text(name: str) -> str:
@@ -97,8 +103,31 @@ def source(stem: str) -> str:
         lines = re.sub(r'#include "([\w.]+)"\n', lambda m: text(m[1]), lines)
         return re.sub(r"[ \t]*//[^\n]*", "", lines)
 
-    # MLX hashes a kernel's text each time it is used
-    return re.sub(r"\n\s+", "\n", text(f"{stem}.metal")).lstrip()
+    whole = "".join(text(f"{name}.metal") for name in stem.split("+"))
+    return short(whole)
+
+
+def short(text: str) -> str:
+    """The same program in fewer characters: MLX hashes a kernel's text each time it is launched.
+
+    Spaces that nothing needs go, and a word that is written often becomes a macro of two letters.
+    Lines stay, so that a compiler's messages still lead to their place.
+    """
+    text = re.sub(r"\}\s*namespace hm \{", "", re.sub(r"\n\s+", "\n", text)).strip() + "\n"
+    text = re.sub(r" ?([=*/<>(){},;:?&|^%!+-]+) ?", r"\1", text)
+    code = re.findall(r"^[^#].*", text, re.M)
+    counts = Counter(w for line in code for w in re.findall(r"[A-Za-z_]\w{3,}", line))
+    names = (a + b for a in ascii_uppercase for b in digits if a + b not in text)
+    macros = {
+        word: name
+        for (word, n), name in zip(counts.most_common(), names, strict=False)
+        if n * (len(word) - 2) > len(f"#define {name} {word}\n")
+    }
+    words = re.compile(r"\b(" + "|".join(macros) + r")\b") if macros else re.compile("$^")
+    text = re.sub(
+        r"^[^#].*", lambda line: words.sub(lambda m: macros[m[1]], line[0]), text, flags=re.M
+    )
+    return "".join(f"#define {name} {word}\n" for word, name in macros.items()) + text
 
 
 def null(dtype: str) -> str:

@@ -3,41 +3,102 @@
 from __future__ import annotations
 
 from .metal_plan import THREADS, Launch, Output, float_bits, null
-from .metal_weight import MetalWeight
+from .metal_weight import ROTATED, MetalWeight
 from .packed import rotated_columns
 
+#: Bytes of threadgroup memory of a group, at most.
+MEMORY = 16384
+#: Numbers of a row that one threadgroup rotates, at most.
+SPAN = MEMORY // 4
+#: Tokens that read the codes together, at most: their sums stay in registers.
+TOKENS = 8
+# What there is enough of to keep the largest GPU's 80 cores busy, more groups than that only repeat
+# the rotation of x.
+_GROUPS = 256
+#: The file of every table.
+_FILES = {0: "linear", 1: "linear", 2: "e2m1", 3: "e2m1", 4: "codebook", 5: "plain"}
 
-def _lanes(columns: int) -> int:
-    """Lanes that share a row: 32 columns each at once, all 32 from 1,024 columns on."""
-    lanes = 1
-    while lanes < 32 and lanes * 32 < columns:
-        lanes *= 2
-    return lanes
+
+def table_files(kinds: tuple[int, ...]) -> list[str]:
+    """Stems of the files a kernel needs for parts of these kinds."""
+    return list(dict.fromkeys(_FILES[kind >> 16 & 255] for kind in kinds))
+
+
+def lanes(columns: int, kind: int) -> int:
+    """Lanes that share a row of a part: `lanes_of` in metal/rows.metal."""
+    bits = kind >> 8 & 255
+    piece = 64 if bits == 2 else 32 if bits < 8 else 16 if bits == 8 else 8
+    n = 1
+    while n < 32 and n * piece < columns:
+        n *= 2
+    return n
+
+
+def shared_columns(columns: int) -> int:
+    """Floats of threadgroup memory for a row: `padded` in metal/weight.metal."""
+    return -(-columns // 32) * 32
 
 
 def hadamard(
-    rows: int, columns: int, dtype: str, *, block: int | None, pre: int, post: int
-) -> Launch:
-    """`hadamoe.ops.hadamard` of ``[rows, columns]``; pre, post: how many signs, 0 for none."""
+    rows: int,
+    columns: int,
+    dtype: str,
+    *,
+    block: int | None,
+    pre: int,
+    post: int,
+    norm: float | None = None,
+) -> list[Launch]:
+    """`hadamoe.ops.hadamard` of ``[rows, columns]`` into ``y``, after an RMSNorm where wanted.
+
+    Args:
+        pre, post: how many signs there are, 0 for none; a multiple of 8, or one for every column.
+        norm: eps of the norm, or None. Such rows are not longer than 4096.
+
+    Returns:
+        One launch, or two for blocks longer than 4096: the first one's ``y`` is the second's ``x``.
+    """
     wide = rotated_columns(columns, block)
-    threads = min(THREADS, max(32, wide // 4 // 32 * 32))
-    return Launch(
+    span = min(wide, SPAN)
+    threads = min(THREADS, max(32, span // 8 // 32 * 32))
+    joined = (block or 1 << wide.bit_length() - 1) > SPAN
+    constants = {"K": columns, "P": wide, "BLOCK": block or 0, "PRES": pre or 1}
+    constants |= {"POSTS": 1 if joined else post or 1, "SPAN": span, "THREADS": threads}
+    first = Launch(
         "hadamard",
         "hadamard",
+        constants | {"EPS": float_bits(norm or 0.0)},
         {
-            "K": columns,
-            "P": wide,
-            "BLOCK": block or 0,
-            "PRES": pre,
-            "POSTS": post,
-            "THREADS": threads,
+            "x": None,
+            "gamma": None if norm is not None else "float",
+            "pre": None if pre else "float",
+            "post": None if post and not joined else "float",
         },
-        {"x": None, "pre": None if pre else "float", "post": None if post else "float"},
-        (Output("y", (rows, wide), dtype),),
-        (rows, 1, 1),
+        (Output("y", (rows, wide), "float32" if joined else dtype),),
+        (rows, -(-wide // span), 1),
         threads,
-        (("float", wide),),
+        (("float", shared_columns(span)), ("float", threads // 32 if norm is not None else 0)),
     )
+    if not joined:
+        return [first]
+    constants = {"P": wide, "BLOCK": block or 0, "POSTS": post or 1, "SPAN": SPAN}
+    return [
+        first,
+        Launch(
+            "hadamard_join",
+            "hadamard",
+            constants | {"THREADS": THREADS},
+            {"x": None, "post": None if post else "float"},
+            (Output("y", (rows, wide), dtype),),
+            (rows, SPAN // THREADS, 1),
+            THREADS,
+        ),
+    ]
+
+
+def _fit(w: MetalWeight) -> int:
+    """How many rotated tokens a group's memory holds, with their norms."""
+    return MEMORY // (4 * shared_columns(w.columns) + THREADS // 8)
 
 
 def qmatvec(
@@ -56,50 +117,87 @@ def qmatvec(
         tokens: t.
         slots: experts of each token, 0 for a weight without experts.
         norm: eps of the RMSNorm that x goes through first, or None.
-        rotate: x goes through the weight's rotation (else it has been, or there is none).
+        rotate: parts that want it read x through the weight's rotation; else x has been through it.
         residual: the result is added to an array of its shape.
     """
-    lanes, rows = _lanes(w.columns), 4
-    height = rows * (32 // lanes)
+    fit = max(_fit(w), 1) if rotate else TOKENS
+    together = 1 if slots else min(tokens, TOKENS, fit)
+    columns = w.in_features if rotate else w.columns
+    rows = 4 if together <= 4 else 2
+    height = rows * 32 // min(lanes(min(columns, w.columns), kind) for kind in w.kinds)
     blocks = max(sum(-(-int(n) // height) for n in expert[:, 0]) for expert in w.parts)
-    threads = min(THREADS, 32 * blocks)
-    r = w.rotation if rotate else None
-    signs = [0 if r is None or s is None else len(s) for s in ((r and r.pre), (r and r.post))]
+    # without a rotation nothing is shared, and small groups are placed best
+    threads = min(THREADS if rotate else 64, 32 * blocks)
+    groups = -(-32 * blocks // threads)
+    passes = max(1, min(8, groups // _GROUPS)) if rotate else 1
     constants = {
-        "IN": w.in_features if r else w.columns,
+        "IN": columns,
         "K": w.columns,
         "N": w.rows,
         "PARTS": w.parts.shape[1],
         "SLOTS": max(slots, 1),
-        "LANES": lanes,
+        "COUNT": tokens,
+        "TOKENS": together,
         "ROWS": rows,
+        "HEIGHT": height,
+        "PASSES": passes,
         "THREADS": threads,
-        "BLOCK": -1 if r is None else r.block or 0,
-        "PRES": signs[0],
-        "POSTS": signs[1],
         "EPS": float_bits(norm or 0.0),
-        **{f"KIND{i}": kind for i, kind in enumerate(w.kinds)},
     }
-    inputs = {
-        "x": None,
-        "gamma": None if norm is not None else "float",
-        "pre": None if signs[0] else "float",
-        "post": None if signs[1] else "float",
+    inputs: dict[str, str | None] = {"x": None, "gamma": None if norm is not None else "float"}
+    shared: tuple[tuple[str, int], ...] = ()
+    if rotate:
+        r = w.rotation
+        signs = [0 if s is None else len(s) for s in (r.pre, r.post)]
+        constants |= {"BLOCK": r.block or 0, "PRES": signs[0] or 1, "POSTS": signs[1] or 1}
+        inputs |= {"pre": None if signs[0] else "float", "post": None if signs[1] else "float"}
+        partial = together * threads // 32 if norm is not None else 0
+        shared = (("float", together * shared_columns(w.columns)), ("float", partial))
+    inputs |= {
         "words": None,
         "parts": None,
         "expert": None if slots else "int",
         "residual": None if residual else null(dtype),
     }
+    name = "qmatvec_rotated" if rotate else "qmatvec"
     shape = (tokens, slots, w.rows) if slots else (tokens, w.rows)
-    groups = (-(-32 * blocks // threads), tokens * max(slots, 1), 1)
-    shared = (("float", w.columns if r else 1), ("float", threads // 32))
     return Launch(
-        "qmatvec",
-        "qmatvec",
-        constants,
+        name,
+        "+".join([*table_files(w.kinds), name]),
+        constants | {f"KIND{i}": kind for i, kind in enumerate(w.kinds)},
         inputs,
         (Output("y", shape, dtype),),
-        groups,
+        (-(-groups // passes), -(-tokens // together) * max(slots, 1), 1),
         threads,
         shared,
     )
+
+
+def product(
+    tokens: int,
+    w: MetalWeight,
+    dtype: str,
+    *,
+    slots: int = 0,
+    norm: float | None = None,
+    rotate: bool = False,
+    residual: bool = False,
+) -> list[Launch]:
+    """Launches of one weight for any number of tokens; arguments as in `qmatvec`.
+
+    Returns:
+        Each launch's first output is the next one's ``x``.
+    """
+    # else groups that rotate for themselves would read the codes for fewer tokens than they could
+    inside = (tokens == 1 and w.columns <= SPAN) or min(tokens, TOKENS) <= _fit(w)
+    apart = rotate and not inside and all(k & ROTATED for k in w.kinds)
+    first: list[Launch] = []
+    if apart:
+        r = w.rotation
+        signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
+        first = hadamard(tokens, w.in_features, "float32", block=r.block, norm=norm, **signs)
+        norm, rotate = None, False
+    return [
+        *first,
+        qmatvec(tokens, w, dtype, slots=slots, norm=norm, rotate=rotate, residual=residual),
+    ]

@@ -1,8 +1,9 @@
 """Packed weights as the Metal kernels read them: one array of words and a table of parts.
 
 A GPU reads 16 bytes at a time and binds whole buffers, so a weight's arrays are copied once, side
-by side, each at a multiple of 16 bytes. Codes stay the checkpoint's own bits; only rows whose
-length is no multiple of 16 bytes get room behind them.
+by side, each at a multiple of 16 bytes. Codes stay the checkpoint's own bits; rows whose length is
+no multiple of 16 bytes get room behind them, and the scales in GGUF's 17-byte blocks, which would
+leave no code aligned, become an array of their own.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import UnsupportedError
 from .packed import PackedWeight, instances
 from .weight import Rotation
 
 #: Numbers of a part in the table, metal/weight.metal.
 FIELDS = 8
 _NONE = 0xFFFFFFFF
-_ROTATED = 1 << 24
+ROTATED = 1 << 24  # in a kind: the part reads x rotated
+_GROUP_SHIFT = 25  # above it, group / 32; 0 for one scale a row
 _TABLES = ("linear", "linear_signed", "e2m1", "e2m1_gguf", "codebook", "plain")
 _SCALES = ("f32", "f16", "bf16", "e8m0")
 _SCALE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
@@ -31,11 +34,12 @@ class MetalWeight:
         words: u32 ``[n]``: codes, scales, biases and codebooks, each at a multiple of 16 bytes.
         parts: u32 ``[experts, parts, 8]``: rows, kind, group, words from row to row, places of
             codes, scale, bias, codebook in units of 16 bytes.
-        kinds: the different kinds of its parts.
+        kinds: the different kinds of its parts: ``Kind`` in metal/weight.metal.
         rows: of one expert.
         columns: k of the (padded) matrix.
         in_features: columns of the matrix before padding.
-        rotation: what the parts marked as rotated read x through.
+        rotation: what the parts marked as rotated read x through; its signs, where their number is
+            no multiple of 8, are repeated to all columns.
     """
 
     words: np.ndarray
@@ -62,14 +66,24 @@ def metal_weight(*weights: PackedWeight) -> MetalWeight:
     table = []
     for e in range(weights[0].experts):
         for w in weights:
-            rotated = _ROTATED if w.rotation is not None else 0
+            rotated = ROTATED if w.rotation is not None else 0
             table += [_part(words, w, part, rotated) for part in w.parts[e] if part[0]]
     parts = np.array(table, np.uint32).reshape(weights[0].experts, -1, FIELDS)
-    kinds = tuple(int(k) for k in np.unique(parts[..., 1] & (_ROTATED - 1)))
+    kinds = tuple(int(k) for k in np.unique(parts[..., 1]))
     rows = sum(w.rows for w in weights)
-    return MetalWeight(
-        words.joined(), parts, kinds, rows, turned.columns, turned.in_features, turned.rotation
-    )
+    rotation = turned.rotation
+    if rotation is not None:
+        signs = (whole_signs(s, turned.columns) for s in (rotation.pre, rotation.post))
+        rotation = Rotation(rotation.block, *signs)
+    columns = (turned.columns, turned.in_features)
+    return MetalWeight(words.joined(), parts, kinds, rows, *columns, rotation)
+
+
+def whole_signs(signs: np.ndarray | None, columns: int) -> np.ndarray | None:
+    """Signs as kernels read them, 8 at a time: repeated to all columns where they are odd ones."""
+    if signs is None or len(signs) % 8 == 0:
+        return signs
+    return np.tile(signs, columns // len(signs))
 
 
 class _Words:
@@ -80,16 +94,23 @@ class _Words:
         self._known: dict[tuple[int, int, int], int] = {}
         self._end = 0
 
-    def place(self, buffer: np.ndarray, offset: int, rows: int, row_bytes: int) -> int:
+    def place(
+        self, buffer: np.ndarray, offset: int, rows: int, row_bytes: int, align: int = 16
+    ) -> int:
         """Where ``rows`` rows of ``row_bytes`` bytes are, in units of 16 bytes; rows padded."""
-        key = (buffer.__array_interface__["data"][0] + offset, rows, row_bytes)
+        data = buffer[offset : offset + rows * row_bytes].reshape(rows, row_bytes)
+        key = (data.__array_interface__["data"][0], rows, row_bytes)
         if key not in self._known:
-            stride = -(-row_bytes // 16) * 16
-            data = buffer[offset : offset + rows * row_bytes].reshape(rows, row_bytes)
-            self._known[key] = self._end // 16
-            self._arrays.append(np.pad(data, [(0, 0), (0, stride - row_bytes)]).reshape(-1))
-            self._end += rows * stride
+            self._known[key] = self.add(data, align)
         return self._known[key]
+
+    def add(self, data: np.ndarray, align: int = 16) -> int:
+        """Where the rows of ``data``, u8 ``[rows, bytes]``, are from now on."""
+        at = self._end // 16
+        data = np.pad(data, [(0, 0), (0, -data.shape[1] % align)]).reshape(-1)
+        self._arrays.append(data)
+        self._end += data.size
+        return at
 
     def joined(self) -> np.ndarray:
         # a kernel's last piece may reach behind the last row
@@ -99,20 +120,32 @@ class _Words:
 def _part(words: _Words, w: PackedWeight, part: np.ndarray, rotated: int) -> list[int]:
     rows, instance, group, row_bytes = (int(v) for v in part[:4])
     table, bits, scale = instances()[instance]
-    codes, scales, biases, book = (tuple(map(int, pair)) for pair in part[4:].reshape(4, 2))
-    groups = -(-w.columns // max(group, 1)) * rows * _SCALE_BYTES[scale]
+    arrays = [tuple(map(int, pair)) for pair in part[4:].reshape(4, 2)]
+    groups = 1 if table == "plain" else -(-w.columns // group)
+    if groups > 1 and group // 32 >= 1 << (31 - _GROUP_SHIFT):
+        raise UnsupportedError(f"metal_weight: group is {group}, needs less than 2048, or the row")
+    kind = _TABLES.index(table) << 16 | bits << 8 | _SCALES.index(scale) | rotated
+    kind |= (group // 32 if groups > 1 else 0) << _GROUP_SHIFT
 
-    def place(pair: tuple[int, int], count: int, size: int) -> int:
-        return _NONE if pair[0] < 0 else words.place(w.buffers[pair[0]], pair[1], count, size)
+    align = 32 if table == "plain" and bits == 32 else 16  # 8 columns are read at once
+    line = -(-(groups * 16 if table == "e2m1_gguf" else row_bytes) // align) * align // 4
+    if table == "e2m1_gguf":
+        places = _gguf(words, w.buffers[arrays[0][0]][arrays[0][1] :], rows, row_bytes, groups)
+        return [rows, kind, group, line, *places, _NONE, _NONE]
+    scales = groups * rows * _SCALE_BYTES[scale]
+    sizes = ((rows, row_bytes, align), (1, scales), (1, scales), (1, 4 << bits))
+    places = [
+        _NONE if number < 0 else words.place(w.buffers[number], offset, *size)
+        for (number, offset), size in zip(arrays, sizes, strict=True)
+    ]
+    return [rows, kind, group, line, *places]
 
-    kind = _TABLES.index(table) << 16 | bits << 8 | _SCALES.index(scale)
+
+def _gguf(words: _Words, data: np.ndarray, rows: int, row_bytes: int, blocks: int) -> list[int]:
+    """Places of the codes and of the scales of rows of blocks: a scale, 16 bytes of codes."""
+    lines = data[: rows * row_bytes].reshape(rows, row_bytes)[:, : 17 * blocks]
+    lines = lines.reshape(rows, blocks, 17)
     return [
-        rows,
-        kind | rotated,
-        group,
-        -(-row_bytes // 16) * 4,
-        place(codes, rows, row_bytes),
-        place(scales, 1, groups),
-        place(biases, 1, groups),
-        place(book, 1, 4 << bits),
+        words.add(lines[..., 1:].reshape(rows, -1)),
+        words.add(lines[..., 0].reshape(1, -1)),
     ]

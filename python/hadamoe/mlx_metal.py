@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
+from . import metal_products
 from .metal_plan import Launch, source
-from .metal_products import qmatvec
 from .metal_weight import MetalWeight, metal_weight
 from .packed import PackedWeight
 
@@ -93,6 +93,21 @@ def run(launch: Launch, arrays: Mapping[str, mx.array]) -> list[mx.array]:
     )
 
 
+def run_all(launches: Sequence[Launch], arrays: Mapping[str, mx.array]) -> mx.array:
+    """The last launch's first output; each one's first output is the next one's ``x``."""
+    for launch in launches:
+        y = run(launch, arrays)[0]
+        arrays = {**arrays, "x": y}
+    return y
+
+
+def on_device(a: mx.array | None) -> mx.array | None:
+    """The array, with zeros behind it if it is so small that MLX would pass it as ``constant``."""
+    if a is None or a.size >= 8:
+        return a
+    return mx.pad(a.reshape(-1), (0, 8 - a.size))
+
+
 def dtype_name(a: mx.array) -> str:
     """An array's dtype as numpy names it."""
     return str(a.dtype).removeprefix("mlx.core.")
@@ -119,16 +134,15 @@ def product(
     Returns:
         ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
     """
-    rotate = w.plan.rotation is not None and not rotated
-    launch = qmatvec(
+    launches = metal_products.product(
         x.shape[0],
         w.plan,
         dtype_name(x),
         slots=0 if expert is None else expert.shape[1],
         norm=None if norm is None else norm[1],
-        rotate=rotate,
+        rotate=w.plan.rotation is not None and not rotated,
         residual=residual is not None,
     )
-    arrays = {"x": x, "words": w.words, "parts": w.parts, "pre": w.pre, "post": w.post}
-    arrays |= {"gamma": norm and norm[0], "expert": expert, "residual": residual}
-    return run(launch, arrays)[0]
+    arrays = {"x": on_device(x), "words": w.words, "parts": w.parts, "pre": w.pre, "post": w.post}
+    arrays |= {"gamma": norm and norm[0], "expert": expert, "residual": on_device(residual)}
+    return run_all(launches, arrays)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from . import mlx_host, mlx_metal
+from . import mlx_host, mlx_metal, mlx_metal_products
 from .errors import ContractError, UnsupportedError
 from .mlx_host import Output, call, integers
 
@@ -60,6 +60,8 @@ def _rowwise(op: str, x: mx.array, columns: int, rest: list, ints: list, floats:
 
 def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
     """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
+    if mlx_metal.available():
+        return mlx_metal_products.hadamard(x, block=block, pre=pre, post=post)
     k = x.shape[-1]
     columns = k if block is None else -(-k // block) * block
     return _rowwise("hadamard", x, columns, [pre, post], [block or 0], [])
@@ -77,6 +79,8 @@ def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
 
 def qmatmul(x: mx.array, w: Any, *, expert: mx.array | None) -> mx.array:
     """`hadamoe.ops.qmatmul`."""
+    if mlx_metal.available():
+        return mlx_metal_products.qmatmul(x, w, expert=expert)
     if expert is None:
         return _rowwise("qmatmul", x, w.rows, [w.parts, None, *w.buffers], [], [])
     expert = integers("qmatmul", "expert", expert)

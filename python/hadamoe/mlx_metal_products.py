@@ -1,0 +1,41 @@
+"""Products on MLX's Metal device: the functions of `hadamoe.mlx_ops`, lazily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from . import metal_products
+from .errors import ContractError
+from .mlx_metal import dtype_name, on_device, product, resident, run_all
+from .packed import PackedWeight, rotated_columns
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
+    """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
+    k = x.shape[-1]
+    wide = rotated_columns(k, block)
+    flat = _rows(x)
+    arrays, counts = {"x": on_device(flat)}, {}
+    for name, signs in (("pre", pre), ("post", post)):
+        counts[name] = 0 if signs is None else signs.shape[0]
+        if signs is not None and counts[name] % 8:
+            signs = mx.tile(mx.array(signs), wide // counts[name])
+            counts[name] = wide
+        arrays[name] = None if signs is None else on_device(mx.array(signs))
+    launches = metal_products.hadamard(len(flat), k, dtype_name(x), block=block, **counts)
+    return run_all(launches, arrays).reshape(*x.shape[:-1], wide)
+
+
+def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.array:
+    """`hadamoe.ops.qmatmul`."""
+    if expert is not None and expert.shape[:-1] != x.shape[:-1]:
+        raise ContractError(f"qmatmul: expert has shape {expert.shape}, x has {x.shape}")
+    flat = None if expert is None else _rows(expert).astype(mx.int32)
+    y = product(_rows(x), resident(w), expert=flat, rotated=True)
+    return y.reshape(*x.shape[:-1], *y.shape[1:])
