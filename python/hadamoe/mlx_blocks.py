@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import ops
+from . import mlx_metal, mlx_metal_kv, ops
 from .mlx import gated_delta_block
 from .mlx_layers import QLinear
 from .roles import DeltaWeights, MoeWeights
@@ -89,8 +89,7 @@ class Attention(nn.Module):
         super().__init__()
         q, k, v, o = (weights[name] for name in "qkvo")
         self.qkv_proj, self.o_proj = QLinear(q, k, v), QLinear(o)
-        self.kv_heads, self.head_dim = args.num_key_value_heads, args.head_dim
-        self.ends = np.cumsum([q.rows, k.rows])
+        self.args, self.head_dim, self.ends = args, args.head_dim, np.cumsum([q.rows, k.rows])
         self.eps, self.scale, self.dtype = args.rms_norm_eps, args.head_dim**-0.5, dtype
         self._norm = mx.array(norm)
         self._q_norm, self._k_norm = (mx.array(vectors[name]) for name in ("q_norm", "k_norm"))
@@ -99,15 +98,7 @@ class Attention(nn.Module):
             traditional=False, scaling_config=args.rope_scaling,
             max_position_embeddings=args.max_position_embeddings,
         )  # fmt: skip
-
-    def _heads(self, x: mx.array, norm: mx.array | None, offset: Any) -> mx.array:
-        """``[b, t, n * d]`` or ``[b, t, n, d]`` -> normed and turned by position
-        ``[b, n, t, d]``; without a norm neither."""
-        x = x.reshape(*x.shape[:2], -1, self.head_dim)
-        if norm is not None:
-            x = mx.fast.rms_norm(x, norm, self.eps)
-        x = x.transpose(0, 2, 1, 3)
-        return x if norm is None else self.rope(x, offset=offset)
+        self._freqs, self.stretch = _turning(self.rope)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """``x + attention(rmsnorm(x))`` of f32 ``[batch, tokens, hidden]``.
@@ -115,21 +106,58 @@ class Attention(nn.Module):
         mask: as mlx-lm makes it: None, "causal" or bool that broadcasts to
         ``[batch, heads, tokens, keys]``.
         """
-        b, t, _ = x.shape
-        offset = 0 if cache is None else cache.offset
-        qkv = self.qkv_proj(x, (self._norm, self.eps))
-        q, k, v = mx.split(qkv, self.ends.tolist(), -1)
-        q, gate = mx.split(q.reshape(b, t, -1, 2 * self.head_dim), 2, -1)
-        q = self._heads(q, self._q_norm, offset)
-        k = self._heads(k, self._k_norm, offset).astype(self.dtype)
-        v = self._heads(v, None, offset).astype(self.dtype)
-        if mx.default_device() == mx.gpu:
-            q = q.astype(self.dtype)  # f32 queries would have the GPU copy the whole cache to f32
+        proj = self.qkv_proj(x, (self._norm, self.eps))
+        attend = self._on_metal if mlx_metal.available() else self._in_parts
+        y = attend(proj, mask, cache, 0 if cache is None else cache.offset)
+        return self.o_proj(y, residual=x)
+
+    def _in_parts(self, proj: mx.array, mask: Any, cache: Any, offset: Any) -> mx.array:
+        """f32 ``[b, t, heads * d]`` of the projection ``[b, t, (2 heads + 2 kv_heads) d]``."""
+        q, k, v = mx.split(proj, self.ends.tolist(), -1)
+        q = self._by_head(q)[:, :, ::2]  # per head its query, then its gate
+        q, k = (
+            self.rope(mx.fast.rms_norm(a, norm, self.eps).transpose(0, 2, 1, 3), offset=offset)
+            for a, norm in ((q, self._q_norm), (self._by_head(k), self._k_norm))
+        )
+        k, v = (a.astype(self.dtype) for a in (k, self._by_head(v).transpose(0, 2, 1, 3)))
+        return self._seen(q, k, v, proj, mask, cache)
+
+    def _on_metal(self, proj: mx.array, mask: Any, cache: Any, offset: Any) -> mx.array:
+        """As `_in_parts`, with one launch for norms and positions; a token over coded pages reads
+        the codes."""
+        coded = proj.shape[1] == 1 and getattr(cache, "attends", False)
+        # f32 queries would have the GPU copy a whole plain cache to f32
+        dtypes = {"q_dtype": mx.float32 if coded else self.dtype, "kv_dtype": self.dtype}
+        heads = self.args.num_attention_heads, self.args.num_key_value_heads
+        tokens = mlx_metal_kv.prepare(
+            proj, heads, self.head_dim, (self._q_norm, self._k_norm), self._freqs, offset,
+            eps=self.eps, stretch=self.stretch, form=cache.format if coded else None, **dtypes,
+        )  # fmt: skip
+        if coded:
+            return cache.attend(tokens, proj)
+        return self._seen(tokens.q, *tokens.kv, proj, mask, cache)
+
+    def _seen(
+        self, q: mx.array, k: mx.array, v: mx.array, proj: mx.array, mask: Any, cache: Any
+    ) -> mx.array:
+        """Attention of ``[b, heads, t, d]`` over what the cache has and k, v, times the gates."""
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        gate = self._by_head(proj[..., : self.ends[0]])[:, :, 1::2]
         y = y.astype(mx.float32).transpose(0, 2, 1, 3) * mx.sigmoid(gate)
-        return self.o_proj(y.reshape(b, t, -1), residual=x)
+        return y.reshape(*proj.shape[:2], -1)
+
+    def _by_head(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+def _turning(rope: nn.Module) -> tuple[mx.array, float]:
+    """Radians a position, f32 ``[rotary / 2]``, and YaRN's factor of cosines and sines."""
+    if isinstance(rope, nn.RoPE):
+        freqs = rope.base ** (-np.arange(0, rope.dims, 2) / rope.dims)
+        return mx.array(freqs.astype(np.float32)), 1.0
+    return 1 / rope._freqs, rope.mscale
 
 
 class SparseMoeBlock(nn.Module):

@@ -15,10 +15,12 @@ import hadamoe
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install 'hadamoe[mlx]')")
+from mlx_lm.models import cache as caches  # noqa: E402
 
 
 def load(name, **options):
-    return hadamoe.load(recorded.checkpoint(name), framework="mlx", dtype="float32", **options)[0]
+    options = {"dtype": "float32"} | options
+    return hadamoe.load(recorded.checkpoint(name), framework="mlx", **options)[0]
 
 
 @pytest.mark.parametrize("name", LOGITS)
@@ -57,9 +59,43 @@ def test_a_padded_batch():
     assert np.abs(got - np.concatenate(want)).max() < TOLERANCE
 
 
+def test_padding_in_front():
+    """Positions of padding are negative, as mlx-lm counts them; nothing of it is seen."""
+    model = load("stdlib_mxfp4")
+    row = [70, 71, 72]
+    want = np.array(model(mx.array([row]), cache=model.make_cache()))
+    with metal.installed():
+        cache = [
+            caches.ArraysCache(2, [2]) if layer.is_linear else caches.BatchKVCache([2])
+            for layer in model.layers
+        ]
+        got = np.array(model(mx.array([[0, 0, *row]]), cache=cache))
+    assert np.abs(got[:, 2:] - want).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [({"rope": "yarn:256"}, 3e-5), ({"dtype": "bfloat16"}, 0.05), ({"kv": "hk8v8"}, 3e-5)],
+    ids=str,
+)
+def test_options(options, allowed):
+    """Beside the same model on the CPU."""
+    model, ids = load("w4a16_tiny", **options), mx.array([[5, 80, 255, 3, 17, 40, 2]])
+
+    def logits():
+        cache = model.make_cache()
+        return [np.array(model(part, cache=cache)) for part in (ids[:, :5], ids[:, 5:6])]
+
+    want = logits()
+    with metal.installed():
+        got = logits()
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).max() < allowed
+
+
 @pytest.mark.parametrize("name", ["stdlib_tq_apex2", "stdlib_configi"])
 def test_launches_of_a_token(name):
-    """Three for a Gated DeltaNet, two round attention, one for the head; rotations are inside."""
+    """Three for a Gated DeltaNet and round attention, one for the head; rotations are inside."""
     model = load(name)
     with metal.installed() as log:
         cache = model.make_cache()
@@ -69,4 +105,8 @@ def test_launches_of_a_token(name):
     names = Counter(launch.name.split("hadamoe_")[1].split("_")[0] for launch in log[before:])
     linear = sum(layer.is_linear for layer in model.layers)
     attention = len(model.layers) - linear
-    assert names == {"qmatvec": 2 * linear + 2 * attention + 1, "gated": linear}
+    assert names == {
+        "qmatvec": 2 * linear + 2 * attention + 1,
+        "gated": linear,
+        "attention": attention,
+    }
