@@ -200,6 +200,11 @@ def prepare(
     )
 
 
+def attends(form: KVFormat) -> bool:
+    """Whether there are kernels of attention over pages of these codecs."""
+    return all(map(_our_bits, form))
+
+
 def runs(heads: Heads, count: int, skip: int) -> Launch:
     """Attention of one token over ``count`` runs of 8 coded pages each.
 

@@ -4,9 +4,10 @@
     cache = make_prompt_cache(model, "hk4v3")
     mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 
-mlx-lm's attention takes keys and values as arrays, so this cache hands them over decoded: what it
-saves is the memory between calls, not time. A call decodes all pages of a layer, whose f32 rows are
-there while the layer runs. Attention on codes needs kernels that this module does not have.
+mlx-lm's attention takes keys and values as arrays, so this cache hands them over decoded: what that
+saves is the memory between calls, not time. A call decodes all pages of a layer, whose rows are
+there while the layer runs. On a Metal device our own models' attention (`hadamoe.mlx_blocks`) reads
+the codes themselves when a token comes alone: `HadamoeKVCache.attend`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
+from . import mlx_metal_kv
 from .errors import ContractError, UnsupportedError
-from .kv import PAGE, KVFormat, formats_of, page_bytes
-from .mlx_kv import kv_decode, kv_encode
+from .kv import PAGE, KVFormat, formats_of
+from .mlx_pages import Side, slot
 
 __all__ = ["HadamoeBatchKVCache", "HadamoeKVCache", "make_prompt_cache"]
 
@@ -56,63 +58,6 @@ def quantized(caches: list[Any], kv: str | Sequence[str]) -> list[Any]:
     return caches
 
 
-class Side:
-    """Keys or values of a layer: page 0 and the newest pages as they came, full others as bytes.
-
-    Attributes:
-        first: ``[b, g, <= 64, d]``, page 0.
-        pages: u8 ``[b, g, p, bytes]``: every full page but page 0.
-        newest: ``[b, g, n, d]``, the tokens from the cache's page ``kept`` on.
-    """
-
-    def __init__(self, codec: str, side: str, arrays: Sequence[mx.array]) -> None:
-        self.codec, self.side = codec, side
-        self.first, self.pages, self.newest = arrays
-
-    @classmethod
-    def empty(cls, codec: str, side: str, like: mx.array) -> Side:
-        b, g, _, d = like.shape
-        none = mx.zeros((b, g, 0, d), like.dtype)
-        return cls(codec, side, [none, mx.zeros((b, g, 0, page_bytes(codec, d)), mx.uint8), none])
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self.first, self.pages, self.newest]
-
-    def seen(self, offset: int, kept: int) -> list[mx.array]:
-        """``[b, g, tokens, d]`` side by side: all tokens as the next one sees them."""
-        b, g, p, _ = self.pages.shape
-        d, parts = self.first.shape[-1], [self.first]
-        if p:
-            rows = kv_decode(self.pages, self.codec, d, side=self.side)
-            parts.append(rows.reshape(b, g, p * PAGE, d).astype(self.first.dtype))
-        return [*parts, self.newest[:, :, (max(1, offset // PAGE) - kept) * PAGE :]]
-
-    def append(self, x: mx.array, offset: int, kept: int, keep: int) -> None:
-        b, g, t, d = x.shape
-        if offset < PAGE:
-            self.first = mx.concatenate([self.first, _cut(x, 0, PAGE - offset)], 2)
-        newest = mx.concatenate([self.newest, x[:, :, max(0, PAGE - offset) :]], 2)
-        begin, end = max(1, offset // PAGE), (offset + t) // PAGE
-        if begin < end:
-            full = newest[:, :, (begin - kept) * PAGE : (end - kept) * PAGE]
-            full = full.reshape(b, g, end - begin, PAGE, d)
-            pages = kv_encode(full, self.codec, side=self.side)
-            self.pages = mx.concatenate([self.pages, pages], 2)
-        self.newest = _cut(newest, (keep - kept) * PAGE, newest.shape[2])
-
-    def trim(self, offset: int, kept: int) -> None:
-        self.first = _cut(self.first, 0, offset)
-        self.pages = _cut(self.pages, 0, max(0, offset // PAGE - 1))
-        self.newest = _cut(self.newest, 0, max(0, offset - kept * PAGE))
-
-
-def _cut(x: mx.array, begin: int, end: int) -> mx.array:
-    """Tokens begin .. end of ``[b, g, t, d]``, without holding the memory of the others."""
-    whole = begin == 0 and end >= x.shape[2]
-    return x if whole else mx.contiguous(x[:, :, begin:end])
-
-
 class HadamoeKVCache(mlx_lm_cache._BaseCache):
     """Keys and values of one attention layer in pages of 64 tokens, as mlx-lm's caches are used.
 
@@ -130,6 +75,7 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         offset: tokens stored.
         kept: lowest page but page 0 whose tokens are there as they came.
         sides: keys and values; nothing before the first token.
+        attends: whether `attend` can be used.
 
     Args:
         form: codecs of keys and values.
@@ -139,7 +85,56 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         self.format = form
         self.offset = 0
         self.kept = 1
-        self.sides: list[Side] = []
+        self.sides = []
+
+    @property
+    def sides(self) -> list[Side]:
+        if self._raw is not None:
+            for side, rows in zip(self._sides, self._raw, strict=True):
+                side.take(rows, self.offset, self.kept)
+            self._raw = None
+        return self._sides
+
+    @sides.setter
+    def sides(self, sides: list[Side]) -> None:
+        self._sides = sides
+        self._raw: mx.array | None = None  # while tokens come through attend(): `slots` of both
+
+    @property
+    def attends(self) -> bool:
+        return bool(self.offset) and mlx_metal_kv.attends(self.format)
+
+    def attend(
+        self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None, dtype: Any = mx.float32
+    ) -> mx.array:
+        """Stores a token and attends over the codes as they are, where `attends`.
+
+        As `hadamoe.kv_ops.kv_attend`: the numbers of `update_and_fetch`, but that queries of coded
+        keys are rounded to bytes and the noise of coded values is taken out.
+
+        Args:
+            tokens: of `hadamoe.mlx_metal_kv.prepare` with ``form=self.format``, one per sequence.
+            gate: the projection they came from; the result is times sigmoid of its gates.
+
+        Returns:
+            ``[b, 1, heads * d]`` of ``dtype``.
+        """
+        if self._raw is None:
+            self._raw = mx.stack([side.slots(self.kept) for side in self._sides])
+        page = self.offset // PAGE
+        row = (slot(page) if page else 0) + self.offset % PAGE
+        raw = self._raw[...]  # another name: the array that others may hold stays as it is
+        raw[:, :, :, row : row + 1] = tokens.kv.astype(raw.dtype)
+        self._raw, self.offset = raw, self.offset + 1
+        pages = [side.pages for side in self._sides]
+        y = mlx_metal_kv.attend(
+            tokens, raw, pages, self.offset, self.format, gate=gate, dtype=dtype
+        )
+        if page and self.offset % PAGE == 0:
+            for side, rows in zip(self._sides, raw, strict=True):
+                side.store(rows[:, :, None, slot(page) : slot(page) + PAGE])
+            self.kept = max(self.kept, page)
+        return y
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Stores keys and values ``[b, g, t, d]``.
@@ -263,6 +258,26 @@ class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
             if self._left is not None:
                 self._left[i] -= count
         return mx.concatenate(rows[0]), mx.concatenate(rows[1])
+
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` can be used."""
+        return self._left is None and all(c.attends for c in self.caches)
+
+    def attend(self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None) -> mx.array:
+        """As `HadamoeKVCache.attend`, each sequence by itself."""
+        rows = []
+        for i, c in enumerate(self.caches):
+            kv = tokens.kv[:, i : i + 1]
+            q, x, factors = (a[i : i + 1] for a in (tokens.q, tokens.x, tokens.factors))
+            one = mlx_metal_kv.Prepared(q, kv, x, factors)
+            rows.append(c.attend(one, None if gate is None else gate[i : i + 1]))
+        return mx.concatenate(rows)
+
+    @property
+    def format(self) -> KVFormat:
+        """Codecs of keys and values."""
+        return self.caches[0].format
 
     def prepare(self, *, left_padding: Any = None, lengths: Any = None, **_: Any) -> None:
         """Says how many of the coming tokens are real, the first ones of each row.

@@ -78,7 +78,13 @@ def kv_encode(rows: mx.array, codec: str, *, side: str, vectors: tuple | None = 
 
 
 def kv_decode(
-    pages: mx.array, codec: str, head_dim: int, *, side: str, vectors: tuple | None = None
+    pages: mx.array,
+    codec: str,
+    head_dim: int,
+    *,
+    side: str,
+    vectors: tuple | None = None,
+    dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
     """What pages of `kv_encode` stand for, rotation undone.
 
@@ -86,11 +92,15 @@ def kv_decode(
         pages: u8 ``[..., bytes]``.
 
     Returns:
-        f32 ``[..., 64, head_dim]``.
+        ``[..., 64, head_dim]`` of ``dtype``, computed in f32.
     """
-    lead, d = pages.shape[:-1], head_dim
     if vectors is None and route() == "metal":
-        return mlx_metal_kv.kv_decode(pages, codec, d, side=side)
+        return mlx_metal_kv.kv_decode(pages, codec, head_dim, side=side, dtype=dtype)
+    return _decoded(pages, codec, head_dim, side, vectors).astype(dtype)
+
+
+def _decoded(pages: mx.array, codec: str, d: int, side: str, vectors: tuple | None) -> mx.array:
+    lead = pages.shape[:-1]
     if not _in_mlx(codec) or (vectors is None and route() == "lazy"):
         rows = Output(0, len(lead), (PAGE, d), mx.float32)
         return _native("kv_decode", pages, codec, side, d, rows)

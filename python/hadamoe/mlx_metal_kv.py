@@ -11,10 +11,10 @@ import numpy as np
 
 from . import metal_kv
 from .kv import KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
-from .mlx_metal import dtype_name, run
+from .mlx_metal import available, dtype_name, run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
-__all__ = ["Prepared", "attend", "kv_decode", "kv_encode", "kv_scores", "prepare"]
+__all__ = ["Prepared", "attend", "attends", "kv_decode", "kv_encode", "kv_scores", "prepare"]
 
 
 @cache
@@ -63,6 +63,11 @@ def kv_scores(q: mx.array, pages: mx.array, codec: str) -> tuple[mx.array, mx.ar
     """`kv_ops.kv_scores`: q8 i8 ``[r, d]``, unit f32 ``[r]``, scores i32 ``[r, 64 p]``."""
     launch = metal_kv.scores(q.shape[0], pages.shape[0], codec, q.shape[1])
     return tuple(run(launch, {"q": q, "pages": pages, "signs": _signs("key", q.shape[1])}))
+
+
+def attends(form: KVFormat) -> bool:
+    """Whether there is a Metal device and `attend` reads pages of these codecs."""
+    return available() and metal_kv.attends(form)
 
 
 class Prepared(NamedTuple):

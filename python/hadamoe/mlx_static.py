@@ -18,10 +18,12 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as mlx_lm_cache
 
+from . import mlx_metal_kv
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat
 from .mlx_cache import HadamoeKVCache
 from .mlx_kv import kv_decode, kv_encode
+from .mlx_pages import slot
 
 __all__ = ["CompiledStep", "HadamoeStaticKVCache"]
 
@@ -32,7 +34,7 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
     Attributes:
         format: codecs of keys and values.
         offset: i32 ``[]``, tokens stored.
-        raw: of keys and of values, ``[b, g, 3 * 64, d]``: page 0, then page p at place 1 + p % 2.
+        raw: keys and values, ``[2, b, g, 3 * 64, d]``: page 0, then page p from row 64 (1 + p % 2).
         pages: of keys and of values, u8 ``[b, g, m, bytes]``; only full pages but page 0 count.
 
     Args:
@@ -42,17 +44,11 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
 
     def __init__(self, cache: HadamoeKVCache, tokens: int) -> None:
         self.format, self.offset, most = cache.format, mx.array(cache.offset), -(-tokens // PAGE)
-        self.raw: list[mx.array] = []
+        self.raw = mx.stack([side.slots(cache.kept) for side in cache.sides])
         self.pages: list[mx.array] = []
         for side in cache.sides:
             b, g, p, width = side.pages.shape
-            raw = mx.zeros((b, g, 3 * PAGE, side.first.shape[3]), side.first.dtype)
-            raw[:, :, : side.first.shape[2]] = side.first
-            for i in range(0, side.newest.shape[2], PAGE):
-                x, place = side.newest[:, :, i : i + PAGE], _place(cache.kept + i // PAGE)
-                raw[:, :, place : place + x.shape[2]] = x
             before, after = (mx.zeros((b, g, n, width), mx.uint8) for n in (1, most - 1 - p))
-            self.raw.append(raw)
             self.pages.append(mx.concatenate([before, side.pages, after], 2))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -64,23 +60,42 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
         b, g, t, _ = keys.shape
         if t != 1:
             raise UnsupportedError(f"kv: {t} tokens at once, a static cache takes 1")
-        page = self.offset // PAGE
-        place = mx.where(page == 0, 0, _place(page))
+        page, newest = self._store(mx.stack([keys, values]))
         given = []
         for i, (codec, side, x) in enumerate(
             zip(self.format, ("key", "value"), (keys, values), strict=True)
         ):
             d = x.shape[-1]
-            raw = mx.slice_update(self.raw[i], x, place + self.offset % PAGE, (2,))
-            newest = mx.slice(raw, place, (2,), (b, g, PAGE, d))
-            coded = kv_encode(newest, codec, side=side)[:, :, None]
-            pages = mx.slice_update(self.pages[i], coded, page, (2,))
-            rows = kv_decode(pages, codec, d, side=side).reshape(b, g, -1, d).astype(x.dtype)
-            rows = mx.concatenate([raw[:, :, :PAGE], rows[:, :, PAGE:]], 2)
-            given.append(mx.slice_update(rows, newest, page * PAGE, (2,)))
-            self.raw[i], self.pages[i] = raw, pages
-        self.offset = self.offset + 1
+            rows = kv_decode(self.pages[i], codec, d, side=side, dtype=x.dtype)
+            rows = rows.reshape(b, g, -1, d)
+            rows = mx.concatenate([self.raw[i, :, :, :PAGE], rows[:, :, PAGE:]], 2)
+            given.append(mx.slice_update(rows, newest[i], page * PAGE, (2,)))
         return given[0], given[1]
+
+    def _store(self, token: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values ``[2, b, g, 1, d]`` to the raw rows, their page, full or not, to the
+        pages; the page's number and rows ``[2, b, g, 64, d]``."""
+        page = self.offset // PAGE
+        row = mx.where(page == 0, 0, slot(page))
+        self.raw = mx.slice_update(self.raw, token, row + self.offset % PAGE, (3,))
+        shape = (*self.raw.shape[:3], PAGE, self.raw.shape[4])
+        newest = mx.slice(self.raw, row, (3,), shape)
+        for i, (codec, side) in enumerate(zip(self.format, ("key", "value"), strict=True)):
+            coded = kv_encode(newest[i], codec, side=side)[:, :, None]
+            self.pages[i] = mx.slice_update(self.pages[i], coded, page, (2,))
+        self.offset = self.offset + 1
+        return page, newest
+
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` can be used."""
+        return mlx_metal_kv.attends(self.format)
+
+    def attend(self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None) -> mx.array:
+        """As `HadamoeKVCache.attend`."""
+        self._store(tokens.kv.astype(self.raw.dtype))
+        sizes = {"skip": 0, "gate": gate}
+        return mlx_metal_kv.attend(tokens, self.raw, self.pages, self.offset, self.format, **sizes)
 
     def make_mask(self, n: int, **_: Any) -> mx.array:
         """The keys that the coming token sees: bool ``[n, 64 m]``."""
@@ -99,7 +114,7 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
     @state.setter
     def state(self, v: Sequence[Any]) -> None:
         key, value, self.offset, raw, pages = v
-        self.format, self.raw, self.pages = KVFormat(key, value), list(raw), list(pages)
+        self.format, self.raw, self.pages = KVFormat(key, value), raw, list(pages)
 
     def empty(self) -> bool:
         """False."""
@@ -108,12 +123,7 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole room."""
-        return sum(a.nbytes for a in (*self.raw, *self.pages))
-
-
-def _place(page: Any) -> Any:
-    """Where tokens of a page >= 1 begin in ``raw``."""
-    return (1 + page % 2) * PAGE
+        return sum(a.nbytes for a in (self.raw, *self.pages))
 
 
 class CompiledStep:

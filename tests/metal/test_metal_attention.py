@@ -1,4 +1,4 @@
-"""Norm and positions of attention on Metal: one launch from the projection to what a cache takes."""
+"""Norm and positions of attention on Metal: one launch from the projection to a cache's rows."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_variant():
 
 @pytest.mark.parametrize("codec", ["h2", "h8", "turbo4", "fp8"])
 def test_queries_of_coded_pages(codec):
-    """Whole numbers of our codecs are the CPU's for the same query; others are turned as keys are."""
+    """Whole numbers of our codecs are the CPU's; other queries are turned as keys are."""
     case = Case(*SHAPES[0])
     out = case.run(KVFormat(codec, codec), check=True)
     q, x = np.array(out.q), np.array(out.x)

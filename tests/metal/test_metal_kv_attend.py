@@ -1,4 +1,4 @@
-"""Attention of one token over coded pages on Metal: within the bound of its meaning, codes read once."""
+"""Attention of one token over coded pages on Metal: within its bound, codes read once."""
 
 from __future__ import annotations
 
