@@ -32,6 +32,7 @@ struct Machine {
   uint64_t* registers;
   const char* file;
   uint32_t line;
+  void* pc;  // of the asm statement
 
   // A list or an address where a register belongs reads as 0; its instruction refuses it.
   uint64_t get(const Operand& o) const {
@@ -53,7 +54,7 @@ struct Machine {
 
 using Action = std::function<bool(const Machine&, const Instruction&)>;
 
-// ---- integers: all are 64-bit numbers cut to the type's width
+// ---- integers: 64-bit numbers cut to the type's width
 using Binary = uint64_t (*)(uint64_t a, uint64_t b, int bits);
 Action integer(Binary f) {
   return [f](const Machine& m, const Instruction& i) {
@@ -69,8 +70,7 @@ bool shift_right(const Machine& m, const Instruction& i) {
   const int bits = bits_of(i.type());
   const uint64_t by = std::min<uint64_t>(uint32_t(m.get(i.operands[2])), 63);
   const uint64_t a = cut_to(m.get(i.operands[1]), bits);
-  const bool sign = i.type()[0] == 's';
-  m.set(i.operands[0], cut_to(sign ? uint64_t(extended(a, bits) >> by) : a >> by, bits));
+  m.set(i.operands[0], cut_to(i.type()[0] == 's' ? extended(a, bits) >> by : a >> by, bits));
   return bits > 0;
 }
 
@@ -216,9 +216,9 @@ bool memory_access(const Machine& m, const Instruction& i, bool write) {
   if (!i.has("global") && !i.has("shared")) return false;
   char* at = m.address(place, i.has("shared"));
   if (i.has("acquire") || i.has("release") || i.has("relaxed"))
-    simt_note_atomic(at, bytes * count, write, nullptr);
+    simt_note_atomic(at, bytes * count, write, m.pc);
   else
-    simt_note_range(at, bytes * count, write);
+    simt_note_range(at, bytes * count, write, m.pc);
   for (size_t k = 0; k < count; k++) {
     const Operand& part = count == 1 ? value : value.list[k];
     uint64_t v = write ? m.get(part) : 0;
@@ -257,10 +257,10 @@ bool copy_async(const Machine& m, const Instruction& i) {
   if (i.has("commit_group")) {
     simt_copy_commit();
   } else if (i.has("wait_group") && i.operands.size() == 1) {
-    simt_copy_wait(int(m.get(i.operands[0])));
+    simt_copy_wait(int(m.get(i.operands[0])), m.pc);
   } else if (i.has("wait_all")) {
     simt_copy_commit();
-    simt_copy_wait(0);
+    simt_copy_wait(0, m.pc);
   } else {
     if (i.operands.size() < 3 || !i.has("global")) return false;
     const int bytes = int(m.get(i.operands[2]));
@@ -279,7 +279,8 @@ bool load_matrix(const Machine& m, const Instruction& i) {
   const int count = i.has("x4") ? 4 : i.has("x2") ? 2 : 1;
   if (count != (out.kind == Operand::LIST ? int(out.list.size()) : 1)) return false;
   uint32_t words[4];
-  simt_ldmatrix(m.address(i.operands[1], true), words, count, i.has("trans"), m.file, m.line);
+  const bool transposed = i.has("trans");
+  simt_ldmatrix(m.address(i.operands[1], true), words, count, transposed, m.file, m.line, m.pc);
   for (int k = 0; k < count; k++) m.set(out.kind == Operand::LIST ? out.list[k] : out, words[k]);
   return true;
 }
@@ -385,7 +386,7 @@ extern "C" __attribute__((visibility("default"))) void simt_ptx(
     registers[special.first] = special_register(special.second, &known);
     if (!known) unknown("%" + special.second);
   }
-  const Machine machine{registers.data(), file, line};
+  const Machine machine{registers.data(), file, line, __builtin_return_address(0)};
   for (const Instruction& i : p.instructions) {
     if (i.predicate >= 0 && bool(registers[i.predicate]) == i.negated) continue;
     const auto entry = entries().find(i.name());
