@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import mlx_metal_products
+from . import mlx_metal_moe, mlx_metal_products
 from .errors import ContractError, UnsupportedError
 from .mlx_host import Output, call, integers
 from .packed import rotated_columns
@@ -110,12 +110,23 @@ def qmatmul_top(
 
 def moe_decode(x: mx.array, moe: Any, *, top_k: int, normalize: bool) -> mx.array:
     """`hadamoe.ops.moe_decode`."""
+
+    def metal() -> mx.array:
+        return mlx_metal_moe.moe_decode(x, moe, top_k=top_k, normalize=normalize)
+
     signs, tables, ints = moe.arguments(top_k, normalize)
-    return _rowwise("moe_decode", x, x.shape[-1], [*signs, *tables, *moe.buffers], ints)
+    rest = [*signs, *tables, *moe.buffers]
+    return _rowwise("moe_decode", x, x.shape[-1], rest, ints, metal=metal)
 
 
 def moe_block(
-    x: mx.array, norm: Any, signs: list, tables: list, buffers: tuple, ints: list[int], eps: float
+    x: mx.array, norm: Any, signs: list, tables: list, moe: Any, ints: list[int], eps: float
 ) -> mx.array:
     """`hadamoe.ops.moe_block`."""
-    return _rowwise("moe_block", x, x.shape[-1], [norm, *signs, *tables, *buffers], ints, [eps])
+
+    def metal() -> mx.array:
+        sizes = {"top_k": ints[0], "normalize": bool(ints[1]), "eps": eps}
+        return mlx_metal_moe.moe_block(x, mx.array(norm), moe, **sizes)
+
+    rest = [norm, *signs, *tables, *moe.buffers]
+    return _rowwise("moe_block", x, x.shape[-1], rest, ints, [eps], metal)

@@ -95,7 +95,8 @@ def test_options(options, allowed):
 
 @pytest.mark.parametrize("name", ["stdlib_tq_apex2", "stdlib_configi"])
 def test_launches_of_a_token(name):
-    """Three for a Gated DeltaNet and round attention, one for the head; rotations are inside."""
+    """Three for a Gated DeltaNet, round attention and for the experts, one for the head; rotations
+    are inside."""
     model = load(name)
     with metal.installed() as log:
         cache = model.make_cache()
@@ -106,9 +107,10 @@ def test_launches_of_a_token(name):
     linear = sum(layer.is_linear for layer in model.layers)
     attention = len(model.layers) - linear
     assert names == {
-        "qmatvec": 2 * linear + 2 * attention + 1,
+        "qmatvec": 3 * len(model.layers) + 1,
         "gated": linear,
         "attention": attention,
+        "moe": 2 * len(model.layers),
     }
 
 
