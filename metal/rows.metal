@@ -56,7 +56,7 @@ METAL_FUNC void rows(const device uint* words, Part part, uint row, thread X& x,
       if constexpr (group != 0) {
         const uint g = (p * columns + s) / group;
         EACH(r, ROWS && s % group == 0) {
-          if ((whole || p * columns + s < K) && lane % shared == 0) factor[r].load(words, part, n[r] * ((K + group - 1) / group) + g);
+          if (inside && lane % shared == 0) factor[r].load(words, part, n[r] * ((K + group - 1) / group) + g);
           if (shared > 1) factor[r].share(lane & ~uint(shared - 1));
         }
       }
@@ -71,7 +71,11 @@ METAL_FUNC void rows(const device uint* words, Part part, uint row, thread X& x,
           x.template eight<Is::rotated, whole>(t, p * columns + c, y);
           EACH(i, 8) {
             if (Is::table == linear) sum[t] += y[i];
-            EACH(r, ROWS) dot[r * TOKENS + t] = fma(v[r][i], y[i], dot[r * TOKENS + t]);
+          }
+          EACH(r, ROWS) {  // chains of 8: rounding errors grow with their length
+            float eight = v[r][0] * y[0];
+            UNROLL for (int i = 1; i < 8; i++) eight = fma(v[r][i], y[i], eight);
+            dot[r * TOKENS + t] += eight;
           }
         }
       }

@@ -96,6 +96,28 @@ def hadamard(
     ]
 
 
+def dequantize(count: int, w: MetalWeight, dtype: str) -> Launch:
+    """``count`` rows of a weight, by number, as numbers ``[count, k]``; its rotation is not undone."""
+    threads = 64
+    constants = {
+        "K": w.columns,
+        "N": w.rows,
+        "EXPERTS": w.experts,
+        "PARTS": w.parts.shape[1],
+        "THREADS": threads,
+        **{f"KIND{i}": kind for i, kind in enumerate(w.kinds)},
+    }
+    return Launch(
+        "dequantize",
+        "+".join([*table_files(w.kinds), "dequantize"]),
+        constants,
+        {"index": None, "words": None, "parts": None},
+        (Output("y", (count, w.columns), dtype),),
+        (count, 1, 1),
+        threads,
+    )
+
+
 def _fit(w: MetalWeight) -> int:
     """How many rotated tokens a group's memory holds, with their norms."""
     return MEMORY // (4 * shared_columns(w.columns) + THREADS // 8)
