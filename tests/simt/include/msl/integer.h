@@ -1,4 +1,5 @@
-// <metal_integer>. A vector's result is element by element.
+// <metal_integer>. A vector's result is element by element. Builtins are those of long: OpenCL's long
+// long has 128 bits.
 #pragma once
 namespace metal {
 #define SIMT_SCALAR template <class T, class = enable_if_t<is_integral_v<T>>> METAL_FUNC
@@ -9,14 +10,14 @@ namespace metal {
     return x;                                            \
   }
 
-SIMT_SCALAR T popcount(T x) { return (T)__builtin_popcountll((ulong)(make_unsigned_t<T>)x); }
+SIMT_SCALAR T popcount(T x) { return (T)__builtin_popcountl((ulong)(make_unsigned_t<T>)x); }
 SIMT_EACH(popcount)
 SIMT_SCALAR T clz(T x) {
   constexpr int bits = 8 * sizeof(T);
-  return x ? (T)(__builtin_clzll((ulong)(make_unsigned_t<T>)x) - (64 - bits)) : (T)bits;
+  return x ? (T)(__builtin_clzl((ulong)(make_unsigned_t<T>)x) - (64 - bits)) : (T)bits;
 }
 SIMT_EACH(clz)
-SIMT_SCALAR T ctz(T x) { return x ? (T)__builtin_ctzll((ulong)x) : (T)(8 * sizeof(T)); }
+SIMT_SCALAR T ctz(T x) { return x ? (T)__builtin_ctzl((ulong)x) : (T)(8 * sizeof(T)); }
 SIMT_EACH(ctz)
 SIMT_SCALAR T reverse_bits(T x) {
   return (T)(__builtin_bitreverse64((ulong)(make_unsigned_t<T>)x) >> (64 - 8 * sizeof(T)));

@@ -109,6 +109,6 @@ inline bool simd_any(bool p, SIMT_SITE) { return simd_ballot(p, simt_f, simt_l).
 inline bool simd_all(bool p, SIMT_SITE) { return simd_ballot(!p, simt_f, simt_l).votes == 0; }
 inline bool simd_is_first(SIMT_SITE) {
   ulong votes = simd_ballot(true, simt_f, simt_l).votes;
-  return (uint)__builtin_ctzll(votes) == simt::me()->lane;
+  return (uint)__builtin_ctzl(votes) == simt::me()->lane;
 }
 }  // namespace metal
