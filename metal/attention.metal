@@ -32,9 +32,9 @@ METAL_FUNC void turn_head(thread float* v, const device float* norm, P freqs, fl
 template <int N, int CODED, int TURNED, int WORTH, int ROOT, class X>
 METAL_FUNC void code_query(thread float* v, const device float* signs, device X* x, device float* factors, uint row, uint lane) {
   const float root = as_type<float>(ROOT);
-  float factor = root;
+  float factor = as_type<float>(WORTH) * root;
   if (CODED) {
-    factor = query_row<N>(v, signs, root, lane) * as_type<float>(WORTH) * root;
+    factor = query_row<N>(v, signs, root, lane) * factor;
   } else if (TURNED) {
     for (int i = 0; i < N; i++) v[i] *= signs[lane + 32 * i];
     walsh_hadamard<N>(v, lane);

@@ -26,12 +26,12 @@ METAL_FUNC void page_sums(const device uint* page, const threadgroup float4* x, 
 }
 
 // What they are worth: factors are of rows.
-template <int BITS, int D, int V>
-METAL_FUNC void key_scores(const device uint* page, const threadgroup float4* x, const threadgroup float4* factors,
-                           thread float4* scores, uint lane) {
-  page_sums<BITS, D, V>(page, x, scores, lane);
+template <int KIND, int D, int V>
+METAL_FUNC void key_scores(const device uint* page, const device float*, const threadgroup float4* x,
+                           const threadgroup float4* factors, thread float4* scores, uint lane) {
+  page_sums<KIND % 32, D, V>(page, x, scores, lane);
   for (int k = 0; k < 2; k++) {
-    const float scale = half_at(page + PAGE * D * BITS / 32, lane + 32 * k);
+    const float scale = half_at(page + PAGE * D * (KIND % 32) / 32, lane + 32 * k);
     for (int v = 0; v < V; v++) scores[k * V + v] = scores[k * V + v] * scale * factors[v];
   }
 }

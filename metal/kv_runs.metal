@@ -9,11 +9,12 @@ METAL_FUNC float4 simd_total(float4 v) { return float4(simd_sum(v.x), simd_sum(v
 
 // x [b, KV, HEADS, D], factors [b, KV, HEADS]: queries (attention.metal); pages [b, KV, m, words], page p at p - SKIP;
 // lengths: tokens of each sequence; dims: m, runs. Out: parts [b, KV, runs, HEADS, D], sums (most, total, noise, 0) alike.
-// A group has R of HEADS query heads; runs are 8 pages, counted from page 0. EACH: columns of a thread.
+// A group has R of HEADS query heads; runs are 8 pages, counted from page 0. EACH: columns of a thread. KEY, VALUE: 32 times
+// a codec's number plus the bits of a code; book: centroids of keys, then of values.
 template <int KEY, int VALUE, int KV, int HEADS, int R, int D, int SKIP, int KEY_WORDS, int VALUE_WORDS, int WORTH,
           int EACH, class X, class F, class L, class M>
 METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pages,
-                        const device uchar* value_pages, L lengths, M dims, device float* parts, device float* sums,
+                        const device uchar* value_pages, const device float* book, L lengths, M dims, device float* parts, device float* sums,
                         threadgroup float4* shared, threadgroup float4* peaks, threadgroup float4* totals,
                         threadgroup float4* noises, threadgroup float4* units, Place at) {
   constexpr int V = (R + 3) / 4;
@@ -32,7 +33,7 @@ METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pa
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float4 s[2 * V], unit[V], noise[V];
   for (int i = 0; i < 2 * V; i++) s[i] = -INFINITY;
-  if (seen) key_scores<KEY, D, V>(keys + at.simd * KEY_WORDS, shared, units, s, at.lane);
+  if (seen) key_scores<KEY, D, V>(keys + at.simd * KEY_WORDS, book, shared, units, s, at.lane);
   for (int v = 0; v < V; v++) {
     const float4 most = simd_most(max(s[v], s[V + v]));
     if (at.lane == 0) peaks[at.simd * V + v] = most;
@@ -58,11 +59,11 @@ METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pa
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = four; i < four + 4; i++) {
       if (run + i > 0 && run + i < own)
-        page_values<VALUE, D, V>(values + i * VALUE_WORDS, shared + i % 4 * PAGE * V, units + i * V, o, at);
+        page_values<VALUE, D, V>(values + i * VALUE_WORDS, book + 16, shared + i % 4 * PAGE * V, units + i * V, o, at);
     }
   }
   for (int e = 0; e < EACH; e++) {
-    const uint c = column_of(e, at);
+    const uint c = column_of<VALUE>(e, at);
     for (int r = 0; r < R && c < D; r++) parts[(part + r) * D + c] = o[e * V + r / 4][r % 4];
   }
   if (at.index < R) {

@@ -6,13 +6,14 @@
 namespace hm {
 
 // Column i of a thread.
+template <int KIND>
 METAL_FUNC uint column_of(uint i, Place at) { return at.index + 256 * i; }
 
 // Softened scores of tokens lane and lane + 32 to weights; units: what a whole number is worth; noise: the sum of
 // (weight * scale)^2.
-template <int BITS, int D, int V, int WORTH>
+template <int KIND, int D, int V, int WORTH>
 METAL_FUNC void weigh(const device uint* page, thread float4* scores, thread float4* units, thread float4* noise, uint lane) {
-  const device uint* scales = page + PAGE * D * BITS / 32;
+  const device uint* scales = page + PAGE * D * (KIND % 32) / 32;
   const float2 nu(half_at(scales, lane), half_at(scales, lane + 32));
   for (int v = 0; v < V; v++) {
     for (int i = 0; i < 4; i++) {
@@ -27,9 +28,10 @@ METAL_FUNC void weigh(const device uint* page, thread float4* scores, thread flo
 }
 
 // sums += the page's values by their weights.
-template <int BITS, int D, int V>
-METAL_FUNC void page_values(const device uint* page, const threadgroup float4* weights, const threadgroup float4* units,
+template <int KIND, int D, int V>
+METAL_FUNC void page_values(const device uint* page, const device float*, const threadgroup float4* weights, const threadgroup float4* units,
                             thread float4* sums, Place at) {
+  constexpr int BITS = KIND % 32;
   for (uint e = 0, c = at.index; c < D; e++, c += 256) {
     int4 whole[V];
     for (int v = 0; v < V; v++) whole[v] = 0;

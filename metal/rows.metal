@@ -56,7 +56,7 @@ METAL_FUNC void rows(const device uint* words, Part part, uint row, thread X& x,
       if constexpr (group != 0) {
         const uint g = (p * columns + s) / group;
         EACH(r, ROWS && s % group == 0) {
-          if (inside && lane % shared == 0) factor[r].load(words, part, n[r] * ((K + group - 1) / group) + g);
+          if ((whole || p * columns + s < K) && lane % shared == 0) factor[r].load(words, part, n[r] * ((K + group - 1) / group) + g);
           if (shared > 1) factor[r].share(lane & ~uint(shared - 1));
         }
       }

@@ -72,6 +72,33 @@ void call(const std::string& name, const std::vector<nb::object>& in, const std:
   finish([&] { return op.run(&args); });
 }
 
+// The contract of an op alone, on arrays that another device computes: (shape, DLPack's type code, bits) stands for
+// one of those, the others are lent.
+void check(const std::string& name, const std::vector<nb::object>& in, const std::vector<nb::object>& out,
+           const std::vector<int64_t>& ints, const std::vector<double>& floats) {
+  const hm_op& op = find(name);
+  std::vector<Array> held;
+  std::vector<std::vector<int64_t>> shapes;
+  std::vector<DLTensor> tensors;
+  held.reserve(in.size());
+  shapes.reserve(in.size() + out.size());
+  for (const auto* arrays : {&in, &out})
+    for (const nb::object& o : *arrays) {
+      if (!nb::isinstance<nb::tuple>(o)) {
+        lend(op.name, "input", {o}, held);
+        tensors.push_back(held.back().tensor);
+        continue;
+      }
+      const auto [shape, code, bits] = nb::cast<std::tuple<std::vector<int64_t>, uint8_t, uint8_t>>(o);
+      shapes.push_back(shape);
+      tensors.push_back({nullptr, {kDLCPU, 0}, int32_t(shape.size()), {code, bits, 1}, shapes.back().data(), nullptr, 0});
+    }
+  const hm_args args{tensors.data(), int32_t(in.size()),   tensors.data() + in.size(), int32_t(out.size()),
+                     ints.data(),    int32_t(ints.size()), floats.data(),              int32_t(floats.size()),
+                     true};
+  finish([&] { return op.run(&args); });
+}
+
 // An op whose weights are checked once. `...` stands for the inputs and integers that every call brings.
 class Bound {
  public:
@@ -168,6 +195,7 @@ std::vector<std::tuple<std::string, int>> kv_codecs() {
 NB_MODULE(_cpu, m) {
   nb::set_leak_warnings(false);  // a model may live until the interpreter ends
   m.def("call", &hm::call, "op"_a, "inputs"_a, "outputs"_a, "ints"_a, "floats"_a);
+  m.def("check", &hm::check, "op"_a, "inputs"_a, "outputs"_a, "ints"_a, "floats"_a);
   nb::class_<hm::Bound>(m, "Bound")
       .def(nb::init<const std::string&, const std::vector<nb::object>&, int, const std::vector<nb::object>&,
                     const std::vector<double>&>(),

@@ -15,6 +15,19 @@ def call(
     Raises ContractError, naming argument and numbers, before anything is written.
     """
 
+def check(
+    op: str,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    ints: Sequence[int],
+    floats: Sequence[float],
+) -> None:
+    """What call() checks before it runs, for arrays of another device: (shape, DLPack's type code,
+    bits) stands for one; outputs are such tuples.
+
+    Raises ContractError, naming argument and numbers.
+    """
+
 class Bound:
     """An op with the arguments that stay given, and checked, once.
 

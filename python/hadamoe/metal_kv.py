@@ -118,6 +118,7 @@ class Heads(NamedTuple):
     Attributes:
         batch, query, kv, d: sequences, query heads, key heads, columns of a head.
         format: codecs of keys and values, or None for a cache without codes.
+        scales: of fp8 keys and values.
     """
 
     batch: int
@@ -125,6 +126,7 @@ class Heads(NamedTuple):
     kv: int
     d: int
     format: KVFormat | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
 
     @property
     def query_dtype(self) -> str:
@@ -132,11 +134,11 @@ class Heads(NamedTuple):
         return "int8" if _our_bits(self.format.key) else "float32"
 
 
-def _worth(codec: str, d: int) -> int:
-    """What a level is worth of a row's scale, a float's bits."""
+def _worth(codec: str, d: int, scale: float) -> int:
+    """What a level is worth of a row's scale, or fp8's scale, a float's bits."""
     bits = _our_bits(codec)
     unit = np.float32(1 / np.sqrt(d)) / _KAPPA[bits] if bits in _KAPPA else 1.0
-    return float_bits(float(unit))
+    return float_bits(scale if codec == "fp8" else float(unit))
 
 
 def prepare(
@@ -158,7 +160,7 @@ def prepare(
         rot: columns that positions turn.
         stretch: what YaRN multiplies cosines and sines with.
     """
-    b, h, g, d, form = heads
+    b, h, g, d, form, _ = heads
     coded = form is not None
     turned = coded and rotated(form.key)
     simds = 8 if d <= 256 else 4
@@ -172,7 +174,7 @@ def prepare(
         "STRETCH": float_bits(stretch),
         "CODED": int(coded and bool(_our_bits(form.key))),
         "TURNED": int(turned),
-        "WORTH": _worth(form.key, d) if coded else 0,
+        "WORTH": _worth(form.key, d, heads.scales[0]) if coded else 0,
         "ROOT": _root(d),
         "SIMDS": simds,
     }
@@ -200,25 +202,33 @@ def prepare(
     )
 
 
-def attends(form: KVFormat) -> bool:
-    """Whether there are kernels of attention over pages of these codecs."""
-    return all(map(_our_bits, form))
+def _kind(codec: str) -> int:
+    """A codec as attention's kernels are told it: its number and the bits of a code."""
+    return 32 * CODECS[codec] + code_bytes(codec, 32) // (4 * PAGE)
+
+
+def _files(form: KVFormat) -> str:
+    """Where attention over these codecs is."""
+    family = {"h": "", "t": "_turbo", "a": "_line", "k": "_line", "f": "_plain", "b": "_plain"}
+    key, value = (family[codec[0]] for codec in form)
+    return f"kv_keys{key}+kv_values{value}+kv_runs"
 
 
 def runs(heads: Heads, count: int, skip: int) -> Launch:
     """Attention of one token over ``count`` runs of 8 coded pages each.
 
     Arrays: x, factors of `prepare`; key_pages, value_pages u8 ``[b, g, m, bytes]``, page p at
-    p - skip; lengths i32 ``[b]``, this token counted; dims i32: m, count.
+    p - skip; book f32 ``[32]``, centroids of turbo keys and values; lengths i32 ``[b]``, this token
+    counted; dims i32: m, count.
     """
-    b, h, g, d, form = heads
-    group, (key, value) = h // g, (_our_bits(codec) for codec in form)
+    b, h, g, d, form, _ = heads
+    group = h // g
     most = 8 if d <= 256 else 4
     rows = max(n for n in range(1, most + 1) if group % n == 0)
     fours = -(-rows // 4)
     constants = {
-        "KEY": key,
-        "VALUE": value,
+        "KEY": _kind(form.key),
+        "VALUE": _kind(form.value),
         "KV": g,
         "HEADS": group,
         "R": rows,
@@ -226,18 +236,19 @@ def runs(heads: Heads, count: int, skip: int) -> Launch:
         "SKIP": skip,
         "KEY_WORDS": page_bytes(form.key, d) // 4,
         "VALUE_WORDS": page_bytes(form.value, d) // 4,
-        "WORTH": _worth(form.value, d),
-        "EACH": -(-d // THREADS),
+        "WORTH": _worth(form.value, d, heads.scales[1]),
+        "EACH": 2 if form.value.startswith("affine") else -(-d // THREADS),
     }
-    names = ("x", "factors", "key_pages", "value_pages", "lengths", "dims")
+    turbo = any(codec.startswith("turbo") for codec in form)
+    inputs = dict.fromkeys(("x", "factors", "key_pages", "value_pages"))
+    inputs |= {"book": None if turbo else "float", "lengths": None, "dims": None}
     outputs = (
         Output("parts", (b, g, count, group, d), "float32"),
         Output("sums", (b, g, count, group, 4), "float32"),
     )
     shared = (("float4", max(d, 256) * fours), *[("float4", 8 * fours)] * 4)
     groups = (count, g * (group // rows), b)
-    inputs = dict.fromkeys(names)
-    return Launch("kv_runs", "kv_attend", constants, inputs, outputs, groups, THREADS, shared)
+    return Launch("kv_runs", _files(form), constants, inputs, outputs, groups, THREADS, shared)
 
 
 def join(heads: Heads, coded: bool, gate: int, dtype: str) -> Launch:
@@ -246,7 +257,7 @@ def join(heads: Heads, coded: bool, gate: int, dtype: str) -> Launch:
     Arrays: q ``[b, h, 1, d]``; raw ``[2, b, g, 192, d]``; parts, sums, dims of `runs` if there are
     any (`coded`); signs of the values' codec; gate, if `gate`, the columns of a projection.
     """
-    b, h, g, d, form = heads
+    b, h, g, d, form, _ = heads
     turned, bits = rotated(form.value), _our_bits(form.value)
     constants = {
         "B": b,

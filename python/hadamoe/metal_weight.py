@@ -71,12 +71,40 @@ def metal_weight(*weights: PackedWeight) -> MetalWeight:
     parts = np.array(table, np.uint32).reshape(weights[0].experts, -1, FIELDS)
     kinds = tuple(int(k) for k in np.unique(parts[..., 1]))
     rows = sum(w.rows for w in weights)
-    rotation = turned.rotation
-    if rotation is not None:
-        signs = (whole_signs(s, turned.columns) for s in (rotation.pre, rotation.post))
-        rotation = Rotation(rotation.block, *signs)
     columns = (turned.columns, turned.in_features)
-    return MetalWeight(words.joined(), parts, kinds, rows, *columns, rotation)
+    return MetalWeight(words.joined(), parts, kinds, rows, *columns, _whole(turned))
+
+
+def metal_experts(experts: PackedWeight, shared: PackedWeight) -> tuple[MetalWeight, MetalWeight]:
+    """Experts and, behind the last, the shared one: two weights with one array of words.
+
+    Both have all the words and kinds, and as many parts, of which some may have no rows. Their
+    tables, joined, are that of the experts with the shared one as the last.
+    """
+    words, both = _Words(), (experts, shared)
+    width = max(sum(part[0] > 0 for part in expert) for w in both for expert in w.parts)
+    tables = []
+    for w in both:
+        table = np.zeros((w.experts, width, FIELDS), np.uint32)
+        rotated = ROTATED if w.rotation is not None else 0
+        for e, expert in enumerate(w.parts):
+            parts = [_part(words, w, part, rotated) for part in expert if part[0]]
+            table[e, : len(parts)] = parts
+        tables.append(table)
+    every = np.concatenate(tables).reshape(-1, FIELDS)
+    kinds = tuple(int(k) for k in np.unique(every[every[:, 0] > 0, 1]))
+    joined = words.joined()
+    return tuple(
+        MetalWeight(joined, table, kinds, w.rows, w.columns, w.in_features, _whole(w))
+        for w, table in zip(both, tables, strict=True)
+    )
+
+
+def _whole(w: PackedWeight) -> Rotation | None:
+    r = w.rotation
+    if r is None:
+        return None
+    return Rotation(r.block, *(whole_signs(s, w.columns) for s in (r.pre, r.post)))
 
 
 def whole_signs(signs: np.ndarray | None, columns: int) -> np.ndarray | None:

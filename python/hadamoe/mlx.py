@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 
 from . import mlx_metal_delta
-from .mlx_host import Output, call, integers
-from .mlx_ops import route
+from .errors import ContractError
+from .mlx_host import Output, call, integers, route
 from .ops import dequantize, hadamard, moe_block, moe_decode, qmatmul, qmatmul_top
 from .roles import AttentionWeights, DeltaWeights
 
@@ -54,18 +54,20 @@ def gated_delta(
         lengths: integers ``[b]``: tokens each sequence has, the rest leave its states as they are;
             None: as mask says.
     """
-    counts = _counts("gated_delta", mask, lengths)
-    if route() == "metal":
-        arrays = map(_array, (proj, conv_weight, a_log, dt_bias, norm, conv_state, state))
+    counts = _counts("gated_delta", proj, mask, lengths)
+    vectors, states = (conv_weight, a_log, dt_bias, norm), (conv_state, state)
+
+    def metal() -> tuple[mx.array, ...]:
         options = {"heads": heads, "head_dims": head_dims, "eps": eps}
-        return mlx_metal_delta.gated_delta(*arrays, **options, mask=mask, lengths=counts)
-    if mask is not None:
-        proj = mx.where(mask[..., None], proj, mx.array(0, proj.dtype))
-    counts = None if counts is None else counts.astype(mx.int64)
+        return mlx_metal_delta.gated_delta(
+            proj, *map(_array, vectors), *states, **options, mask=mask, lengths=counts
+        )
+
+    real = proj if mask is None else mx.where(mask[..., None], proj, mx.array(0, proj.dtype))
     y = Output(0, 2, (heads[1] * head_dims[1],), proj.dtype)
-    inputs = [proj, conv_weight, a_log, dt_bias, norm, counts]
+    inputs = [real, *vectors, None if counts is None else counts.astype(mx.int64)]
     ints, leads = [*heads, *head_dims], [1, -1, -1, -1, -1, 1]
-    return tuple(call("gated_delta", inputs, leads, [y], (conv_state, state), ints, [eps]))
+    return tuple(call("gated_delta", inputs, leads, [y], states, ints, [eps], metal))
 
 
 def gated_delta_block(
@@ -87,22 +89,22 @@ def gated_delta_block(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(y, conv_state, state) of `hadamoe.ops.gated_delta_block`; mask and lengths as in
     `gated_delta`."""
-    vectors = conv_weight, a_log, dt_bias, gated_norm
-    if route() == "metal":
+    vectors, states = (conv_weight, a_log, dt_bias, gated_norm), (conv_state, state)
+    counts = _counts("gated_delta_block", x, mask, lengths)
+
+    def metal() -> tuple[mx.array, ...]:
         fixed = _array(norm), weights, *map(_array, vectors)
         options = {"heads": heads, "head_dims": head_dims, "eps": eps, "mask": mask}
-        counts = _counts("gated_delta_block", mask, lengths)
-        return mlx_metal_delta.gated_delta_block(
-            x, *fixed, conv_state, state, **options, lengths=counts
-        )
+        return mlx_metal_delta.gated_delta_block(x, *fixed, *states, **options, lengths=counts)
+
+    there = mask  # for the native op it ends where a sequence does
     if lengths is not None:
-        there = mx.arange(x.shape[1]) < integers("gated_delta_block", "lengths", lengths)[:, None]
-        mask = there if mask is None else mask & there
+        there = mx.arange(x.shape[1]) < counts[:, None]
+        there = there if mask is None else mask & there
     signs, tables, ints = weights.arguments(*heads, *head_dims)
-    inputs = [x, mask, norm, *signs, *vectors, *tables, *weights.buffers]
+    inputs = [x, there, norm, *signs, *vectors, *tables, *weights.buffers]
     y = Output(0, 2, (weights.hidden_size,), mx.float32)
-    states = conv_state, state
-    return tuple(call("gated_delta_block", inputs, [1, 1], [y], states, ints, [eps]))
+    return tuple(call("gated_delta_block", inputs, [1, 1], [y], states, ints, [eps], metal))
 
 
 def attention(
@@ -148,10 +150,15 @@ def attention_block(
     return tuple(call("attention_block", inputs, [1, 1, 1, 1], [y], states, ints, [eps]))
 
 
-def _counts(op: str, mask: mx.array | None, lengths: Any) -> mx.array | None:
+def _counts(op: str, like: mx.array, mask: mx.array | None, lengths: Any) -> mx.array | None:
     """i32 ``[b]``: the tokens of each sequence that its states see; None for all."""
+    if mask is not None and mask.shape != like.shape[:2]:
+        raise ContractError(f"{op}: mask has shape {mask.shape}, needs {like.shape[:2]}")
     if lengths is not None:
-        return integers(op, "lengths", lengths).astype(mx.int32)
+        lengths = integers(op, "lengths", lengths)
+        if lengths.shape != like.shape[:1]:
+            raise ContractError(f"{op}: lengths has shape {lengths.shape}, needs {like.shape[:1]}")
+        return lengths.astype(mx.int32)
     if mask is None:
         return None
     return mx.where(mask, mx.arange(1, mask.shape[1] + 1), 0).max(axis=1).astype(mx.int32)

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from . import mlx_metal_kv
+from . import mlx_metal, mlx_metal_kv
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat, formats_of
 from .mlx_pages import Side, slot
@@ -102,7 +102,7 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
 
     @property
     def attends(self) -> bool:
-        return bool(self.offset) and mlx_metal_kv.attends(self.format)
+        return bool(self.offset) and mlx_metal.available()
 
     def attend(
         self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None, dtype: Any = mx.float32

@@ -1,4 +1,5 @@
-"""Runs native ops on MLX arrays: lazily where `_mlx` was built for the installed MLX, else eagerly.
+"""Runs ops on MLX arrays: Metal kernels on a GPU; on the CPU native ops, lazily where `_mlx` was
+built for the installed MLX, else eagerly.
 
 `_mlx` is one MLX primitive for all ops. Its C++ ABI is that of one exact MLX version, so it is
 optional (``HM_MLX=1 pip install .``) and compared before it is imported. Without it an op evaluates
@@ -9,14 +10,14 @@ nothing to trace for ``mx.compile`` and ``mx.vmap``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from . import _cpu
+from . import _cpu, mlx_metal
 from .errors import ContractError, UnsupportedError
 
 
@@ -45,6 +46,14 @@ def _bridge() -> Any:
 #: `_mlx`, or None
 bridge = _bridge()
 
+
+def route() -> Literal["metal", "lazy", "eager"]:
+    """How a call now would run; "metal" where the op has kernels, else as the CPU would."""
+    if mlx_metal.available():
+        return "metal"
+    return "eager" if bridge is None else "lazy"
+
+
 _entry = functools.cache(_cpu.op)
 
 
@@ -56,14 +65,16 @@ def call(
     states: Sequence[mx.array] = (),
     ints: Sequence[int] = (),
     floats: Sequence[float] = (),
-) -> list[mx.array]:
-    """Outputs, then new states, of a native op on MLX's CPU device.
+    metal: Callable[[], Sequence[mx.array]] | None = None,
+) -> Sequence[mx.array]:
+    """Outputs, then new states, of an op.
 
     Args:
         inputs: in the op's order; numpy arrays are lent as they are, None is absent.
         leads: of the first inputs: how many dimensions in front are the batch, which is one
             dimension to the op; -1 where there is none.
         states: arrays the op reads and replaces: left as they are, the new ones are returned.
+        metal: the same by Metal kernels, once the native op's contract has been checked.
 
     Raises:
         ContractError: at once where shapes, dtypes or weights are wrong; from ``mx.eval`` where
@@ -74,11 +85,48 @@ def call(
     for array in (inputs[outputs[0].like], *states):
         if not isinstance(array, mx.array):
             raise ContractError(f"{op}: has a {type(array).__name__}, needs an MLX array")
+    if metal is not None and mlx_metal.available():
+        _check(op, inputs, leads, outputs, states, list(ints), list(floats))
+        return metal()
     if bridge is None:
         return _eager(op, inputs, leads, outputs, states, list(ints), list(floats))
     return bridge.call(
         _entry(op), inputs, list(leads), list(outputs), list(states), list(ints), list(floats)
     )
+
+
+#: kind of number -> DLPack's type code
+_CODES = {mx.signedinteger: 0, mx.unsignedinteger: 1, mx.floating: 2, mx.complexfloating: 5}
+
+
+def _described(shape: Sequence[int], lead: int, dtype: mx.Dtype) -> tuple:
+    """An array as `_cpu.check` takes it."""
+    shape = tuple(shape) if lead < 0 else (prod(shape[:lead]), *shape[lead:])
+    if dtype in (mx.bfloat16, mx.bool_):
+        return shape, 4 if dtype == mx.bfloat16 else 6, dtype.size * 8
+    code = next(c for kind, c in _CODES.items() if mx.issubdtype(dtype, kind))
+    return shape, code, dtype.size * 8
+
+
+def _check(
+    op: str,
+    inputs: Sequence[Any],
+    leads: Sequence[int],
+    outputs: Sequence[Output],
+    states: Sequence[mx.array],
+    ints: list[int],
+    floats: list[float],
+) -> None:
+    all_leads = [*leads, *[-1] * (len(inputs) - len(leads))]
+    given = [
+        _described(a.shape, lead, a.dtype) if isinstance(a, mx.array) else a
+        for a, lead in zip(inputs, all_leads, strict=True)
+    ]
+    made = [
+        _described((*inputs[o.like].shape[: o.kept], *o.tail), all_leads[o.like], o.dtype)
+        for o in outputs
+    ]
+    _cpu.check(op, given, [*made, *(_described(s.shape, 1, s.dtype) for s in states)], ints, floats)
 
 
 def _eager(

@@ -17,8 +17,7 @@ import numpy as np
 
 from . import mlx_metal_kv
 from .kv import CODECS, KEY_SEED, PAGE, VALUE_SEED, page_bytes, signs
-from .mlx_host import Output, call
-from .mlx_ops import route
+from .mlx_host import Output, call, route
 from .reference_kv import bits_of, table
 
 __all__ = ["kv_decode", "kv_encode"]

@@ -11,10 +11,10 @@ import numpy as np
 
 from . import metal_kv
 from .kv import KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
-from .mlx_metal import available, dtype_name, run
+from .mlx_metal import dtype_name, run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
-__all__ = ["Prepared", "attend", "attends", "kv_decode", "kv_encode", "kv_scores", "prepare"]
+__all__ = ["Prepared", "attend", "kv_decode", "kv_encode", "kv_scores", "prepare"]
 
 
 @cache
@@ -28,6 +28,11 @@ def _book(codec: str, d: int) -> mx.array | None:
         return None
     book = TURBO_CODEBOOKS[d, int(codec[-1])]
     return mx.array(np.pad(book, (0, 16 - len(book))))  # of one length, for one kernel signature
+
+
+@cache
+def _books(form: KVFormat, d: int) -> mx.array:
+    return mx.concatenate([b if (b := _book(c, d)) is not None else mx.zeros(16) for c in form])
 
 
 def kv_encode(rows: mx.array, codec: str, *, side: str, scale: float = 1.0) -> mx.array:
@@ -65,11 +70,6 @@ def kv_scores(q: mx.array, pages: mx.array, codec: str) -> tuple[mx.array, mx.ar
     return tuple(run(launch, {"q": q, "pages": pages, "signs": _signs("key", q.shape[1])}))
 
 
-def attends(form: KVFormat) -> bool:
-    """Whether there is a Metal device and `attend` reads pages of these codecs."""
-    return available() and metal_kv.attends(form)
-
-
 class Prepared(NamedTuple):
     """Queries, keys and values of tokens, positions applied.
 
@@ -96,6 +96,7 @@ def prepare(
     eps: float = 1e-6,
     stretch: float = 1.0,
     form: KVFormat | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
     q_dtype: mx.Dtype = mx.float32,
     kv_dtype: mx.Dtype = mx.float32,
 ) -> Prepared:
@@ -109,9 +110,10 @@ def prepare(
         offset: positions of the first tokens: one, or i32 ``[b]``.
         stretch: what YaRN multiplies cosines and sines with.
         form: codecs of the cache; None for one without.
+        scales: of fp8 keys and values.
     """
     b, t, _ = proj.shape
-    sizes = metal_kv.Heads(b, *heads, head_dim, form)
+    sizes = metal_kv.Heads(b, *heads, head_dim, form, scales)
     rot = 0 if freqs is None else 2 * freqs.shape[0]
     names = [dtype_name(mx.zeros(0, d)) for d in (q_dtype, kv_dtype)]
     launch = metal_kv.prepare(
@@ -136,6 +138,7 @@ def attend(
     *,
     skip: int = 1,
     gate: mx.array | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
     dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
     """Attention of one token of each sequence over a quantized cache, in two launches.
@@ -148,19 +151,20 @@ def attend(
         pages: of keys, of values, u8 ``[b, g, m, bytes]``: page p at p - skip.
         length: tokens of each sequence with this one: one number or i32 ``[b]``, of which ``m``
             pages are enough.
+        scales: of fp8 keys and values, as in `prepare`.
         gate: ``[b, 1, (2 h + 2 g) d]``, the projection; the result is times sigmoid of its gates.
 
     Returns:
         ``[b, 1, h d]`` of ``dtype``.
     """
     b, h, _, d = tokens.q.shape
-    heads = metal_kv.Heads(b, h, raw.shape[2], d, form)
+    heads = metal_kv.Heads(b, h, raw.shape[2], d, form, scales)
     m = pages[0].shape[2]
     count = -(-(m + skip) // 8) if m else 0
     arrays = {"lengths": _per_sequence(length, b), "dims": mx.array([m, count], mx.int32)}
     if count:
         x = dict(zip(("key_pages", "value_pages"), pages, strict=True))
-        x |= {"x": tokens.x, "factors": tokens.factors}
+        x |= {"x": tokens.x, "factors": tokens.factors, "book": _books(form, d)}
         parts = run(metal_kv.runs(heads, count, skip), arrays | x)
         arrays |= dict(zip(("parts", "sums"), parts, strict=True))
     width = 0 if gate is None else gate.shape[-1]

@@ -7,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 
 from . import metal_products
-from .errors import ContractError
 from .mlx_metal import dtype_name, on_device, product, resident, run, run_all
 from .packed import PackedWeight, rotated_columns
 
@@ -33,18 +32,16 @@ def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array
 
 
 def dequantize(w: PackedWeight, rows: mx.array, *, dtype: mx.Dtype) -> mx.array:
-    """`hadamoe.ops.dequantize`; a row that is not there is the last one, for no index is read here."""
+    """Rows ``[..., k]`` of `hadamoe.ops.dequantize`, their rotation not undone. A row that is not
+    there is the last one: indices stay on the device."""
     here, name = resident(w), str(dtype).removeprefix("mlx.core.")
     launch = metal_products.dequantize(rows.size, here.plan, name)
     y = run(launch, {"index": rows.reshape(-1), "words": here.words, "parts": here.parts})[0]
-    y, r = y.reshape(*rows.shape, w.columns), w.rotation
-    return y if r is None else hadamard(y, block=r.block, pre=r.post, post=r.pre)
+    return y.reshape(*rows.shape, w.columns)
 
 
 def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.array:
     """`hadamoe.ops.qmatmul`."""
-    if expert is not None and expert.shape[:-1] != x.shape[:-1]:
-        raise ContractError(f"qmatmul: expert has shape {expert.shape}, x has {x.shape}")
     flat = None if expert is None else _rows(expert).astype(mx.int32)
     y = product(_rows(x), resident(w), expert=flat, rotated=True)
     return y.reshape(*x.shape[:-1], *y.shape[1:])

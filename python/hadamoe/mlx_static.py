@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import mlx_metal_kv
+from . import mlx_metal, mlx_metal_kv
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat
 from .mlx_cache import HadamoeKVCache
@@ -89,7 +89,7 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
     @property
     def attends(self) -> bool:
         """Whether `attend` can be used."""
-        return mlx_metal_kv.attends(self.format)
+        return mlx_metal.available()
 
     def attend(self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None) -> mx.array:
         """As `HadamoeKVCache.attend`."""

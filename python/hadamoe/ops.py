@@ -393,7 +393,7 @@ def moe_block(
     """
     signs, tables, ints = moe.arguments(top_k, normalize)
     if module := _framework("moe_block", "x", x, moe.hidden_size):
-        return module.moe_block(x, norm, signs, tables, moe.buffers, ints, eps)
+        return module.moe_block(x, norm, signs, tables, moe, ints, eps)
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y = np.empty_like(flat)
     _cpu.call("moe_block", [flat, norm, *signs, *tables, *moe.buffers], [y], ints, [eps])

@@ -382,8 +382,8 @@ def gated_delta_block(
 
 
 def moe_block(
-    x: Tensor, norm: Any, signs: list, tables: list, buffers: tuple, ints: list[int], eps: float
+    x: Tensor, norm: Any, signs: list, tables: list, moe: Any, ints: list[int], eps: float
 ) -> Tensor:
     """`hadamoe.ops.moe_block` on torch tensors."""
     fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, tables)]
-    return operators.moe_block(x, *fixed, list(map(as_tensor, buffers)), *ints, eps)
+    return operators.moe_block(x, *fixed, list(map(as_tensor, moe.buffers)), *ints, eps)

@@ -8,13 +8,16 @@ import pytest
 from simt import metal
 
 from hadamoe import kv_ops, metal_plan, mlx_metal_kv, reference_kv
-from hadamoe.kv import CODECS, KVFormat, page_bytes
+from hadamoe.kv import CODECS, PRESETS, KVFormat, page_bytes
 from hadamoe.verify import kv_cases, kv_rounding
 from hadamoe.verify.kv_cases import Shape
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 
 OURS = [KVFormat(k, v) for k in kv_cases.OURS for v in kv_cases.OURS]
+OTHERS = [codec for codec in CODECS if codec not in kv_cases.OURS]
+#: Files of codecs, as keys and as values.
+FAMILIES = ("", "_turbo", "_line", "_plain")
 VARIANTS = [
     {"ftz": False},
     {"contract": False},
@@ -72,10 +75,11 @@ class Case:
         (b, _, h, d), g = self.q.shape, self.k.shape[2]
         raw, pages = self.arrays(room)
         lengths = mx.array([n + 1 for n in self.shape.past])
+        fp8 = {} if self.layer.scales is None else {"scales": tuple(map(float, self.layer.scales))}
         with metal.installed(**options) as log:
-            token = mlx_metal_kv.prepare(self.proj, (h, g), d, None, None, 0, form=self.form)
-            gate = self.proj if gated else None
-            y = mlx_metal_kv.attend(token, raw, pages, lengths, self.form, skip=0, gate=gate)
+            token = mlx_metal_kv.prepare(self.proj, (h, g), d, None, None, 0, form=self.form, **fp8)
+            fp8["gate"] = self.proj if gated else None
+            y = mlx_metal_kv.attend(token, raw, pages, lengths, self.form, skip=0, **fp8)
         return np.array(y).reshape(b, 1, h, d), log
 
     def check(self, **options) -> None:
@@ -113,9 +117,9 @@ def test_raw_dtypes_and_ragged_batches(raw):
     Case(KVFormat("h8", "h4"), Shape(8, 2, 64, (0, 70, 700, 127, 9), 1, raw=raw)).check()
 
 
-@pytest.mark.parametrize("form", [KVFormat("h4", "h2"), KVFormat("h8", "h3")], ids="/".join)
+@pytest.mark.parametrize("form", [("h4", "h2"), ("h8", "h3"), ("turbo4", "kivi4")], ids="/".join)
 def test_every_variant(form):
-    case = Case(form, Shape(8, 1, 64, (600,), 1))
+    case = Case(KVFormat(*form), Shape(8, 1, 64, (600,), 1))
     plain = case.run()[0]
     for options in VARIANTS:
         case.check(**options)
@@ -140,9 +144,12 @@ def test_gate():
     assert np.abs(gated - want).max() <= 4e-7 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("form", [KVFormat("h4", "h3"), KVFormat("h8", "h8")], ids="/".join)
-def test_pages_are_read_once_for_all_heads(form):
+@pytest.mark.parametrize(
+    "preset", ["hk4v3", "hk8v8", "turbo4v2", "turbo3", "fp8", "affine4", "kivi2"]
+)
+def test_pages_are_read_once_for_all_heads(preset):
     """The model's shape, 8 query heads to a key head of 256 columns, 2,100 tokens."""
+    form = PRESETS[preset]
     case = Case(form, Shape(16, 2, 256, (2100,), 1, raw="bf16"))
     y, log = case.run(check=True)
     assert (np.abs(y - case.want.value) <= case.want.error).all()
@@ -165,6 +172,8 @@ def test_mutants_leave_the_bound(wrong):
     assert (np.abs(y - case.want.value) > case.want.error).any()
 
 
-@pytest.mark.parametrize("stem", ["kv_attend", "kv_join"])
-def test_text_is_small(stem):
-    assert len(metal_plan.source(stem)) < 8192
+@pytest.mark.parametrize("values", FAMILIES)
+@pytest.mark.parametrize("keys", FAMILIES)
+def test_text_is_small(keys, values):
+    assert len(metal_plan.source(f"kv_keys{keys}+kv_values{values}+kv_runs")) < 8192
+    assert len(metal_plan.source("kv_join")) < 8192

@@ -146,13 +146,12 @@ def test_other_calls_between_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["turbo2", "fp8", "kivi4"])
-def test_codecs_of_others_are_stored(codec):
+def test_prompts_over_codecs_of_others(codec):
     """Their pages are decoded for a call, by the kernel that has the CPU's bits."""
     x = projections(200)
     with metal.installed():
         cache = HadamoeKVCache(KVFormat(codec, codec))
         cache.update_and_fetch(*keys_and_values(x[:, :199]))
-        assert not cache.attends
         keys, values = cache.update_and_fetch(*keys_and_values(x[:, 199:]))
     plain = keys_and_values(x)
     for got, rows, side in zip((keys, values), plain, ("key", "value"), strict=True):

@@ -95,8 +95,8 @@ def test_options(options, allowed):
 
 @pytest.mark.parametrize("name", ["stdlib_tq_apex2", "stdlib_configi"])
 def test_launches_of_a_token(name):
-    """The token's row, three for a Gated DeltaNet and round attention, one for the head; rotations
-    are inside."""
+    """The token's row, three for a Gated DeltaNet, round attention and for the experts, one for the
+    head; rotations are inside."""
     model = load(name)
     with metal.installed() as log:
         cache = model.make_cache()
@@ -108,7 +108,33 @@ def test_launches_of_a_token(name):
     attention = len(model.layers) - linear
     assert names == {
         "dequantize": 1,
-        "qmatvec": 2 * linear + 2 * attention + 1,
+        "qmatvec": 3 * len(model.layers) + 1,
         "gated": linear,
         "attention": attention,
+        "moe": 2 * len(model.layers),
     }
+
+
+@pytest.mark.parametrize(("kv", "count"), [("hk8v8", 138), ("hk4v3", 195)])
+def test_tokens_over_coded_pages(kv, count):
+    """What PyTorch's path computes on the same codes; only products and norms differ in order."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model = load("stdlib_configi", kv=kv)
+    peer, _ = hadamoe.load(recorded.checkpoint("stdlib_configi"), dtype="float32", kv=kv)
+    text = np.frombuffer((recorded.checkpoint("stdlib_bf16") / "heldout.txt").read_bytes(), "u1")
+    parts = np.split(text[:count].astype(np.int64)[None], range(128, count), 1)
+    past, want, got = None, [], []
+    with torch.no_grad():
+        for ids in parts:
+            out = peer(torch.from_numpy(ids), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            want.append(out.logits.numpy())
+    with metal.installed() as log:
+        cache = model.make_cache()
+        got = [np.array(model(mx.array(ids), cache=cache)) for ids in parts]
+    assert any("hadamoe_kv_runs" in launch.name for launch in log)
+    errors = [np.abs(a - b).max() for a, b in zip(got, want, strict=True)]
+    assert max(errors) < (
+        TOLERANCE if kv == "hk4v3" else 3 * TOLERANCE
+    )  # 8 bits: a code at an edge

@@ -287,12 +287,18 @@ def test_refuses_at_once_as_numpy_does(x, weight):
         ("a_log", lambda a: a[1:], "a_log has h=3, needs 4"),
         ("proj", lambda a: a[0], "proj has 2 dimensions, needs 3"),
         ("state", np.array, "has a ndarray, needs an MLX array"),
+        ("mask", lambda _: mx.ones((2, 4), mx.bool_), "mask has shape (2, 4), needs (2, 3)"),
+        ("lengths", lambda _: mx.array([1]), "lengths has shape (1,), needs (2,)"),
+        ("lengths", lambda _: mx.array([1.0, 2.0]), "lengths is float32, needs integers"),
     ],
 )
 def test_refuses_wrong_states_at_once(rng, name, change, message):
     arrays, options = delta(rng, 2, 3)
     theirs = {n: mx.array(a) for n, a in arrays.items()}
-    theirs[name] = change(theirs[name])
+    if name in theirs:
+        theirs[name] = change(theirs[name])
+    else:
+        options[name] = change(None)
     with pytest.raises(ContractError) as e:
         mlx.gated_delta(*theirs.values(), **options)
     assert str(e.value).startswith(f"gated_delta: {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from . import air, core, toolchain
 from .memory import DeviceMemory
 from .mtllib import Metallib
 
-ARCH = ("-march=x86-64-v3",)
+ARCH = ("-march=x86-64-v3",) if platform.machine() == "x86_64" else ()
 #: fmuladd becomes one rounding, as the shim's -ffp-contract=on makes it.
 FLAGS = ("-w", "-O2", "-fPIC", "-ffp-contract=on", *ARCH)
 UNUSED = np.zeros(64, np.uint8)

@@ -219,7 +219,7 @@ def _findings(lib: C.CDLL, path: str, lines: Sequence[str]) -> list[Finding]:
         where = places.get(r.pc, "")
         if r.file:
             where = f"{os.path.basename(r.file.decode())}:{r.line}"
-        line = re.fullmatch(r"kernel\.metal:(\d+)", where)
+        line = re.fullmatch(r"kernel\.(?:metal|cu):(\d+)", where)
         code = lines[int(line[1]) - 1].strip() if line and int(line[1]) <= len(lines) else ""
         who = {}
         if r.in_kernel:

@@ -48,10 +48,11 @@ def runtime() -> None:
     """Loads what only CUDA kernels need (PTX, asynchronous copies, fragments) for all of them."""
     core.engine()
     folder = toolchain.HERE / "engine"
-    names = ("cuda_rt.cpp", "ptx.cpp", "ptx_parse.h")
-    sources = [str(folder / name) for name in names if name.endswith(".cpp")]
+    names = ["cuda_rt.cpp", *sorted(path.name for path in folder.glob("ptx*"))]
     text = [(folder / name).read_text() for name in names]
+    sources = [str(folder / name) for name in names if name.endswith(".cpp")]
     command = [*toolchain.cxx(), "-std=c++17", "-O2", "-g1", "-fPIC", "-shared", *sources]
+    command.append("-fvisibility=hidden")  # a kernel's own copies of inline functions are checked
 
     def make(path: Path) -> None:
         done = toolchain.run([*command, "-o", str(path)])

@@ -55,8 +55,10 @@ def rewrite(text: str) -> str:
             out.append(" ".join(variables) + "\n" * tokens.text(i, end).count("\n"))
             i = end + 1
         elif token in ("asm", "__asm__"):
-            statement, i = assembly(tokens, i)
-            out.append(statement)
+            statement, end = assembly(tokens, i)
+            lost = tokens.text(i, end).count("\n") - statement.count("\n")
+            out.append(statement + "\n" * lost)
+            i = end
         else:
             out.append(token)
             i += 1

@@ -8,11 +8,12 @@ with metal.installed(check=True) as log:
 
 from __future__ import annotations
 
+from .lint import lint
 from .msl import compile_kernel
 from .session import Launch, Options, variants
 from .toolchain import missing
 
-__all__ = ["Launch", "Options", "compile_kernel", "missing", "variants"]
+__all__ = ["Launch", "Options", "compile_kernel", "lint", "missing", "variants"]
 
 
 def __getattr__(name: str):

@@ -26,6 +26,8 @@ METAL_VERSION = 320
 #: What a kernel's text is called in messages.
 SOURCE_NAME = "kernel.metal"
 THUNK_NAME = "simt_thunk"
+#: MLX puts its own header before every custom kernel.
+MLX_PREAMBLE = '#include "mlx/backend/metal/kernels/utils.h"'
 
 LANGUAGE = [
     *("-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc"),

@@ -9,10 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import mxtext, session
-from .msl import mlx_include
+from .msl import MLX_PREAMBLE, mlx_include
 
-#: MLX puts its own header before every custom kernel.
-PREAMBLE = '#include "mlx/backend/metal/kernels/utils.h"'
 #: What mlx-lm asks a Metal device.
 DEVICE_INFO = {
     "architecture": "simulator",
@@ -131,7 +129,7 @@ def metal_kernel(
         if include is None:
             raise RuntimeError("the installed mlx has no Metal headers")
         sizes = (tuple(grid), tuple(threadgroup))
-        session.run(text.name, text.source, buffers, fresh, *sizes, [include], PREAMBLE)
+        session.run(text.name, text.source, buffers, fresh, *sizes, [include], MLX_PREAMBLE)
         written = zip(buffers[first:], results, strict=True)
         return [from_numpy(b.reshape(shape), dtype) for b, (shape, dtype) in written]
 

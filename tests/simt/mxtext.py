@@ -74,7 +74,7 @@ def _template_kind(value) -> str:
 def _kernel_name(name, inputs, output_dtypes, template) -> str:
     full = "custom_kernel_" + name
     if template:
-        full += "_" + "".join("_" + _template_value(v) for _, v in template)
+        full += "_" + "".join("_" + _template_value(v).replace("-", "_") for _, v in template)
     for a in inputs:
         full += "_" + TYPES[a.dtype] + ("s" if a.ndim == 0 else "c" if a.size < SMALL else "")
     return full + "".join("_" + TYPES[d] for d in output_dtypes)
@@ -110,12 +110,16 @@ def generate(
         used = tuple(a.ndim > 0 and n + suffix in source for suffix in kinds)
         buffers += [k + n + s for (s, k), u in zip(kinds.items(), used, strict=True) if u]
         shape_parameters.append(used)
-    for n, d in zip(output_names, output_dtypes, strict=True):
+    text += "".join(f"  {b} [[buffer({i})]],\n" for i, b in enumerate(buffers))
+    attributes = [f"  {kind} {a} [[{a}]]" for a, kind in ATTRIBUTES.items() if a in source]
+    last = len(inputs) + len(output_names) - 1
+    for i, (n, d) in enumerate(zip(output_names, output_dtypes, strict=True), len(buffers)):
         kind = f"atomic<{TYPES[d]}>" if atomic_outputs else TYPES[d]
-        buffers.append(f"device {kind}* {n}")
-    parameters = [f"  {b} [[buffer({i})]]" for i, b in enumerate(buffers)]
-    parameters += [f"  {kind} {a} [[{a}]]" for a, kind in ATTRIBUTES.items() if a in source]
-    text += ",\n".join(parameters) + ") {\n" + source + "\n}\n"
+        # MLX forgets the shape parameters when it looks for the last output: without attributes,
+        # several outputs and a shape give a text that does not compile, here as there.
+        more = attributes or i < last
+        text += f"  device {kind}* {n} [[buffer({i})]]" + (",\n" if more else ") {\n")
+    text += ",\n".join(attributes) + (") {\n" if attributes else "") + source + "\n}\n"
     if template:
         instance = f"{kernel}<{', '.join(_template_value(v) for _, v in template)}>"
         text += (

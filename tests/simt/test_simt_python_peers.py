@@ -28,14 +28,15 @@ pytestmark = pytest.mark.skipif(bool(metal.missing()), reason=str(metal.missing(
 @contextlib.contextmanager
 def imported(name: str, **options):
     """A module imported anew in the simulator, where it asks for its kernels, and the log."""
-    before = sys.modules.pop(name, None)
+    before = importlib.import_module(name)  # what it imports must not know the simulator
+    del sys.modules[name]
+    parent, _, leaf = name.rpartition(".")
     try:
         with metal.installed(**options) as log:
             yield importlib.import_module(name), log
     finally:
-        sys.modules.pop(name, None)
-        if before is not None:
-            sys.modules[name] = before
+        sys.modules[name] = before
+        setattr(sys.modules[parent], leaf, before)
 
 
 def random(*shape: int, scale: float = 1.0) -> mx.array:
@@ -71,6 +72,15 @@ def test_mlx_lm_gated_delta(name, dtype):
     assert len(log) == 1
     assert difference(got[0], want[0]) < (1e-5 if dtype == mx.float32 else 0.02)
     assert difference(got[1], want[1]) < (1e-5 if dtype == mx.float32 else 0.05)
+
+
+def test_the_package_is_left_as_it_was():
+    name = "mlx_lm.models.gated_delta"
+    module = importlib.import_module(name)
+    with imported(name) as (inside, _):
+        assert inside is not module
+    assert importlib.import_module(name) is module
+    assert importlib.import_module("mlx_lm.models").gated_delta is module
 
 
 def test_mlx_lm_gated_delta_packed_is_xtree_bit_for_bit():

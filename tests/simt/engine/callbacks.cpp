@@ -46,13 +46,13 @@ API void* __tsan_memset(void* to, int value, size_t n) {
 extern "C" void simt_note_atomic(const void* p, size_t n, int write, void* pc) {
   access((const char*)p, n, write, true, pc ? (uint64_t)pc : PC);
 }
-// An access by the simulator on the running lane's behalf.
-extern "C" void simt_note_range(const void* p, size_t n, int write) {
+// An access by the simulator on the running lane's behalf, for the instruction at pc.
+extern "C" void simt_note_range(const void* p, size_t n, int write, void* pc) {
   Lane* lane = tls.cur;
   if (!lane) return;
   uint8_t flags = lane->flags;
   lane->flags &= (uint8_t)~UNCHECKED;
-  access((const char*)p, n, write, false, PC);
+  access((const char*)p, n, write, false, (uint64_t)pc);
   lane->flags = flags;
 }
 

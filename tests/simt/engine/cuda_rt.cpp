@@ -35,15 +35,16 @@ EXPORT void simt_copy_commit() {
   else
     c.group_end[c.groups++] = c.copies;
 }
-EXPORT void simt_copy_wait(int groups_left) {
+EXPORT void simt_copy_wait(int groups_left, void* pc) {
+  if (!pc) pc = __builtin_return_address(0);
   Copies& c = copies();
   const int groups = c.groups - groups_left;
   if (groups <= 0) return;
   const int done = c.group_end[groups - 1];
   for (const Copy* p = c.copy; p < c.copy + done; p++) {
     const int read = p->bytes - p->zeros;
-    if (read) simt_note_range(p->from, read, 0);
-    simt_note_range(p->to, p->bytes, 1);
+    if (read) simt_note_range(p->from, read, 0, pc);
+    simt_note_range(p->to, p->bytes, 1, pc);
     memcpy(p->to, p->from, read);
     memset(p->to + read, 0, p->zeros);
   }
@@ -115,8 +116,8 @@ static void load_matrices(Lane**, int n, Lane** by_lane, int) {
   }
 }
 EXPORT void simt_ldmatrix(const void* row, uint32_t* out, int count, bool transposed,
-                          const char* file, uint32_t line) {
-  if (int(lane()) < count * 8) simt_note_range(row, 16, 0);
+                          const char* file, uint32_t line, void* pc) {
+  if (int(lane()) < count * 8) simt_note_range(row, 16, 0, pc);
   Load load{static_cast<const char*>(row), out, count, transposed};
   simt_block_coll(&load, 0, ~0u, load_matrices, file, line);
 }

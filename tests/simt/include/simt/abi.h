@@ -58,7 +58,7 @@ void* simt_shared(const void* key, size_t size, size_t align, const char* name);
 void* simt_dyn_shared(uint32_t index);
 void simt_fail(const char* kind, const char* msg, const char* file, uint32_t line);
 void simt_note_atomic(const void* p, size_t n, int is_write, void* pc);
-void simt_note_range(const void* p, size_t n, int is_write);
+void simt_note_range(const void* p, size_t n, int is_write, void* pc);
 void simt_exit_thread();
 float simt_m1(int function, float x);
 float simt_m2(int function, float x, float y);

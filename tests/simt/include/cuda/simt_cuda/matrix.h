@@ -13,6 +13,6 @@ extern "C" {
 void simt_mma(Product* p, int multiplicand, const char* file, uint32_t line);
 // 8x8 matrices of 16-bit numbers: lane 8 i + r gives the address of row r of matrix i.
 void simt_ldmatrix(const void* row, uint32_t* out, int count, bool transposed, const char* file,
-                   uint32_t line);
+                   uint32_t line, void* pc);
 }
 }  // namespace simt_cuda

@@ -50,13 +50,15 @@ template <class T> T atomicCAS(T* p, T expected, T v) {
 extern "C" {
 void simt_copy_async(void* to, const void* from, int bytes, int zeros);
 void simt_copy_commit();
-void simt_copy_wait(int groups_left);
+void simt_copy_wait(int groups_left, void* pc);
 }
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
   simt_copy_async(to, from, int(bytes), int(zeros));
 }
 inline void __pipeline_commit() { simt_copy_commit(); }
-inline void __pipeline_wait_prior(int groups_left) { simt_copy_wait(groups_left); }
+__forceinline__ void __pipeline_wait_prior(int groups_left) {
+  simt_copy_wait(groups_left, nullptr);  // pc: the caller's, so this must be inlined
+}
 
 // Shared addresses are 32 bits wide in PTX: here the lower half of the real address.
 inline size_t __cvta_generic_to_shared(const void* p) { return uint32_t(uintptr_t(p)); }

@@ -25,8 +25,9 @@ template <class T> PtxOperand ptx_input(const char* constraint, T x) {
   memcpy(&value, &x, sizeof x);
   return {*constraint, nullptr, value};
 }
-inline void ptx(const char* text, std::initializer_list<PtxOperand> outputs,
-                std::initializer_list<PtxOperand> inputs, SIMT_SITE) {
+// Inlined, so that findings have the address of the statement.
+__forceinline__ void ptx(const char* text, std::initializer_list<PtxOperand> outputs,
+                         std::initializer_list<PtxOperand> inputs, SIMT_SITE) {
   PtxOperand all[64];
   int count = 0;
   for (const PtxOperand& o : outputs) all[count++] = o;

@@ -1,0 +1,147 @@
+"""Launch plans of the mixture of experts for a few tokens: `reference.moe_decode` in three.
+
+1. `metal_products.qmatvec`: the router's logits and the shared gate's, side by side.
+2. `gate_up`: every threadgroup finds its expert itself, so no launch waits for a choice.
+3. `down`: all experts of a token, weighted and summed, and the residual.
+"""
+
+from __future__ import annotations
+
+from .metal_plan import Launch, Output, float_bits
+from .metal_products import shared_columns, table_files
+from .metal_weight import MetalWeight
+
+#: Experts of a token at most: a lane remembers one.
+MOST = 32
+_SIMDGROUPS = 8  # of a threadgroup, at most
+_HEIGHT = 4  # rows of gate and of up that a simdgroup of `gate_up` has
+_ROWS = 16  # rows that a threadgroup of `down` has: 128 groups for 2,048
+
+
+def _constants(experts: MetalWeight, shared: MetalWeight, top_k: int) -> dict[str, int]:
+    return {"EXPERTS": experts.experts, "TOP_K": top_k, "PARTS": experts.parts.shape[1]}
+
+
+def _rotation(experts: MetalWeight, shared: MetalWeight) -> dict[str, int]:
+    r = experts.rotation or shared.rotation
+    pre, post = (None, None) if r is None else (r.pre, r.post)
+    return {
+        "BLOCK": -1 if r is None else r.block or 0,
+        "PRES": 1 if pre is None else len(pre),
+        "POSTS": 1 if post is None else len(post),
+    }
+
+
+def _signs(experts: MetalWeight, shared: MetalWeight) -> dict[str, str | None]:
+    r = experts.rotation or shared.rotation
+    both = {"pre": r and r.pre, "post": r and r.post}
+    return {name: "float" if s is None else None for name, s in both.items()}
+
+
+def _kinds(weight: MetalWeight) -> dict[str, int]:
+    return {f"KIND{i}": kind for i, kind in enumerate(weight.kinds)}
+
+
+def gate_up(
+    tokens: int,
+    experts: MetalWeight,
+    shared: MetalWeight,
+    top_k: int,
+    hidden: int,
+    *,
+    norm: float | None = None,
+) -> Launch:
+    """``inner[t, top_k + 1, width] = silu(gate) * up``, the shared expert last.
+
+    Args:
+        experts, shared: of `metal_weight.metal_experts`.
+        norm: eps of the RMSNorm that x goes through first, or None.
+    """
+    inner, own = experts.rows // 2, shared.rows // 2
+    width = -(-max(inner, own) // 8) * 8  # numbers are read 8 at a time
+    columns = max(experts.columns, shared.columns)
+    blocks = -(-width // _HEIGHT)
+    simds = min(_SIMDGROUPS, blocks)
+    constants = {
+        "IN": hidden,
+        "K": columns,
+        "INNER": inner,
+        "SHARED": own,
+        "TURNED": int(experts.rotation is not None),
+        "SHARED_TURNED": int(shared.rotation is not None),
+        **_constants(experts, shared, top_k),
+        "HEIGHT": _HEIGHT,
+        "THREADS": 32 * simds,
+        **_rotation(experts, shared),
+        "EPS": float_bits(norm or 0.0),
+        **_kinds(experts),
+    }
+    inputs = {
+        "x": None,
+        "gamma": None if norm is not None else "float",
+        **_signs(experts, shared),
+        **dict.fromkeys(("logits", "words", "parts")),
+    }
+    return Launch(
+        "moe_gate_up",
+        "+".join([*table_files(experts.kinds), "moe_gate_up"]),
+        constants,
+        inputs,
+        (Output("inner", (tokens, top_k + 1, width), "float32"),),
+        (-(-blocks // simds), top_k + 1, tokens),
+        32 * simds,
+        (
+            ("float", shared_columns(columns)),
+            ("float", simds),
+            ("float", simds * 2 * _HEIGHT),
+        ),
+    )
+
+
+def down(
+    tokens: int,
+    experts: MetalWeight,
+    shared: MetalWeight,
+    top_k: int,
+    inner: tuple[int, int],
+    *,
+    normalize: bool,
+    residual: bool,
+) -> Launch:
+    """``y[t, n]``: the weighted experts, the shared one and, where ``residual``, x.
+
+    Args:
+        inner: numbers of an expert's inner state, of the shared one's.
+    """
+    simds = min(_SIMDGROUPS, top_k)
+    own = -(-_ROWS // simds)
+    constants = {
+        "N": experts.rows,
+        "IN": inner[0],
+        "K": experts.columns,
+        "SHARED_IN": inner[1],
+        "SHARED_K": shared.columns,
+        **_constants(experts, shared, top_k),
+        "NORMALIZE": int(normalize),
+        "HEIGHT": _ROWS,
+        "OWN": own,
+        "THREADS": 32 * simds,
+        **_rotation(experts, shared),
+        **_kinds(experts),
+    }
+    inputs = {
+        **dict.fromkeys(("inner", "logits")),
+        **_signs(experts, shared),
+        **dict.fromkeys(("words", "parts")),
+        "residual": None if residual else "float",
+    }
+    return Launch(
+        "moe_down",
+        "+".join([*table_files(experts.kinds), "moe_down"]),
+        constants,
+        inputs,
+        (Output("y", (tokens, experts.rows), "float32"),),
+        (-(-experts.rows // _ROWS), tokens, 1),
+        32 * simds,
+        (("float", top_k * _ROWS + simds * own),),
+    )
