@@ -135,6 +135,5 @@ def test_tokens_over_coded_pages(kv, count):
         got = [np.array(model(mx.array(ids), cache=cache)) for ids in parts]
     assert any("hadamoe_kv_runs" in launch.name for launch in log)
     errors = [np.abs(a - b).max() for a, b in zip(got, want, strict=True)]
-    assert max(errors) < (
-        TOLERANCE if kv == "hk4v3" else 3 * TOLERANCE
-    )  # 8 bits: a code at an edge
+    assert np.median(errors) < TOLERANCE / 10
+    assert max(errors) < 3 * TOLERANCE  # a number at a code's edge may fall to either side
