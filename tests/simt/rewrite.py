@@ -47,6 +47,7 @@ class _Rewriter:
             "using": self._alias,
             "typedef": self._alias,
             "static_cast": self._static_cast,
+            "long": self._long_long,
             "typename": self._type_parameter,
             "class": self._type_parameter,
             "vec": self._vec_template,
@@ -282,6 +283,10 @@ class _Rewriter:
         )
         if found and "type" not in text.replace("typedef", "").split("<")[0]:
             self.vectors.add(found[1])
+
+    def _long_long(self, i: int) -> int | None:
+        """64 bits in Metal, 128 in OpenCL"""
+        return i + 1 if self.tokens[self.tokens.after(i)] == "long" else None
 
     def _static_cast(self, i: int) -> int | None:
         opener = self.tokens.after(i)

@@ -90,6 +90,7 @@ BITS = {
     "x >> (lane + 32)": [int(u) >> i for i, u in enumerate(U)],  # shifts use 5 bits
     "as_type<uint>(as_type<float>(x & 0x7f7fffff))": U & 0x7F7FFFFF,
     "uint(uchar(x))": U & 255,
+    "uint(sizeof(unsigned long long))": [8] * 32,
     "uint(int(char(x))) & 0xffff": U.astype(np.int8).astype(np.int32).astype(np.uint32) & 0xFFFF,
     "min(max(x, 5u), 1u << 30)": np.clip(U, 5, 1 << 30),
     "clamp(x, 5u, 1u << 30)": np.clip(U, 5, 1 << 30),

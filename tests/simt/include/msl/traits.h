@@ -67,8 +67,6 @@ SIMT_INTEGER(int, true)
 SIMT_INTEGER(uint, false)
 SIMT_INTEGER(long, true)
 SIMT_INTEGER(ulong, false)
-SIMT_INTEGER(long long, true)
-SIMT_INTEGER(unsigned long long, false)
 #undef SIMT_INTEGER
 template <> struct is_floating_point<float> : true_type {};
 template <> struct is_floating_point<half> : true_type {};
