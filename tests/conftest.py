@@ -10,6 +10,22 @@ import recorded
 from hadamoe import ops
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", action="store_true", help="tests/metal on this Mac's own GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device"):
+        import device
+
+        device.use()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device"):
+        items[:] = [item for item in items if not item.get_closest_marker("simulator")]
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     recorded.forget()
 

@@ -22,7 +22,7 @@ import numpy as np
 from . import _cpu, ops
 from .weight import Instance, Part, Weight
 
-__all__ = ["Row", "fastest", "instances", "machine", "plot", "read_bandwidth"]
+__all__ = ["Pool", "Row", "fastest", "instances", "machine", "plot", "read_bandwidth"]
 
 #: Bytes of codes a measurement cycles through: several times the last-level cache of most machines.
 POOL_BYTES = 512 << 20
@@ -110,7 +110,7 @@ def read_bandwidth(threads: int, nbytes: int = 1 << 30, budget: float = 0.5) -> 
     return nbytes / seconds / 1e9
 
 
-class _Pool:
+class Pool:
     """Matrices of an instance cut from one large random buffer, each from its own place."""
 
     def __init__(
@@ -176,11 +176,11 @@ def _measure(
     experts of a stack after 8 others."""
     x = np.random.default_rng(1).standard_normal((tokens, columns), np.float32)
     if what != "experts":
-        pool = _Pool(instance, rows, columns, pool_bytes, least=2)
+        pool = Pool(instance, rows, columns, pool_bytes, least=2)
         dense = [ops.pack(Weight(columns, ((pool.part(i),),))) for i in range(pool.matrices)]
         seconds = fastest(lambda: [ops.qmatmul(x, w) for w in dense] and None, budget)
         return seconds, pool.part(0).nbytes * len(dense)
-    pool = _Pool(instance, rows, columns, pool_bytes, least=8)
+    pool = Pool(instance, rows, columns, pool_bytes, least=8)
     count = min(256, pool.matrices)
     stack = ops.pack(Weight(columns, tuple((pool.part(i),) for i in range(count))))
     picks = np.random.default_rng(2).permutation(count).astype(np.int32)

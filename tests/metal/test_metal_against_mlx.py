@@ -16,7 +16,10 @@ from hadamoe.packed import pack
 from hadamoe.weight import Part, Weight
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'hadamoe[mlx]')")
-pytestmark = pytest.mark.skipif(bool(metal.missing()), reason=str(metal.missing()))
+pytestmark = [
+    pytest.mark.skipif(bool(metal.missing()), reason=str(metal.missing())),
+    pytest.mark.simulator,
+]
 
 ROWS, COLUMNS, GROUP = 256, 2048, 64
 WEIGHT = ("w", "scales", "biases", "words")  # MLX's buffers, and ours

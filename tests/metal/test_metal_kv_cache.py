@@ -90,7 +90,7 @@ def test_tokens_after_a_prompt(prompt):
             assert len(log) == (3 if i >= 2 * PAGE else 2) + full
         assert cache.offset == count
         assert same(cache, fed(x, count))
-    assert not cache.attends  # no device any more
+    assert cache.attends == mx.metal.is_available()  # the simulator is gone, a device is not
 
 
 def test_a_batch_of_lengths():
