@@ -25,8 +25,10 @@ constexpr int kStrip = 128;  // channels convolved together: window and weights 
 
 // Tokens of the chunk that sequence b has.
 inline int64_t tokens_of(const GatedDeltaTask& t, int64_t b) {
-  const int64_t left = t.counts ? t.counts[b] - t.first : t.count;
-  return left < 0 ? 0 : left < t.count ? left : t.count;
+  if (!t.counts) return t.count;
+  if (t.counts[b] <= t.first) return 0;
+  const int64_t left = t.counts[b] - t.first;
+  return left < t.count ? left : t.count;
 }
 
 inline int whole_vectors(int n) { return (n + kLanes - 1) / kLanes * kLanes; }

@@ -11,6 +11,7 @@ from hadamoe import ops
 from hadamoe.errors import ContractError
 from hadamoe.kv import CODECS, page_bytes
 from hadamoe.verify import samples
+from hadamoe.verify.layers import gated_delta_arrays
 
 from .conftest import start
 
@@ -125,6 +126,16 @@ def test_gated_delta(sanitized, sizes, heads):
     states = [(b, t, h * dv), (b, c, kernel), (b, h, dk, dv)]
     arrays = [[np.ones(s, np.float32) for s in group] for group in (shapes, states)]
     attempt(sanitized, "gated_delta", *arrays, heads, [1e-6])
+
+
+@FUZZ
+@given(counts=st.lists(NUMBERS, min_size=2, max_size=3))
+def test_tokens_of_a_sequence(sanitized, counts):
+    arrays = gated_delta_arrays(np.random.default_rng(0), 3, 50, 1, 2, 4, 4, 4)
+    *inputs, conv_state, state = arrays.values()
+    outputs = [np.empty((3, 50, 8), np.float32), conv_state, state]
+    numbers = np.array(counts, np.int64)
+    attempt(sanitized, "gated_delta", [*inputs, numbers], outputs, [1, 2, 4, 4], [1e-6])
 
 
 @FUZZ
