@@ -4,13 +4,14 @@
     y = mlx.qmatmul(x, ops.pack(weight))
     y, conv_state, state = mlx.gated_delta(proj, *vectors, conv_state, state, heads=..., ...)
 
-Where `_mlx` was built for the installed MLX (``HM_MLX=1 pip install .``) they are lazy: they work
-inside ``mx.compile`` and ``mx.vmap``, on any CPU stream, and a state nobody else holds is updated
-where it is. Elsewhere they compute at once (`hadamoe.mlx_host`). No op has a derivative.
+`route` says how they run. "metal": lazy Metal kernels, where MLX computes on a GPU and an op has
+them. "lazy", on the CPU where `_mlx` was built for the installed MLX (``HM_MLX=1 pip install .``):
+native ops inside ``mx.compile`` and ``mx.vmap``, on any stream; a state nobody else holds is updated
+where it is. "eager": native ops at once (`hadamoe.mlx_host`). On the CPU a derivative is refused.
 
 Arguments are MLX arrays; what stays the same from call to call (norms, weights of convolutions)
 may be numpy's, which costs less and is never copied. Errors as in `hadamoe.ops`: wrong shapes,
-dtypes and weights are refused at once, wrong numbers in arrays by ``mx.eval``.
+dtypes and weights are refused at once, wrong numbers in arrays by ``mx.eval``, on the CPU.
 """
 
 from __future__ import annotations
