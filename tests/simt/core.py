@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from . import toolchain
+from .places import Origins
 
 SCHEDULES = ("ascending", "descending", "random")
 ORDERS = ("butterfly", "sequential", "reversed")
@@ -97,8 +98,9 @@ class Region:
 class Finding:
     """One fault: what happened first at this source line, and how often it was seen.
 
-    where: file:line of the kernel's text; code: that line. buffer and offset (in bytes) are of the
-    memory concerned; group, thread (in its group), simdgroup and lane of the thread that did it.
+    where: file:line of the kernel's text; origin: of the file in metal/ it was made from, or "";
+    code: that line. buffer and offset (in bytes) are of the memory concerned; group, thread (in its
+    group), simdgroup and lane of the thread that did it.
     """
 
     kind: str
@@ -112,9 +114,11 @@ class Finding:
     thread: tuple[int, int, int] | None = None
     simdgroup: int | None = None
     lane: int | None = None
+    origin: str = ""
 
     def __str__(self) -> str:
-        text = f"[{self.kind}] {self.where or 'unknown place'}: {self.message}"
+        place = f"{self.origin} ({self.where})" if self.origin else self.where or "unknown place"
+        text = f"[{self.kind}] {place}: {self.message}"
         if self.buffer:
             text += f"; {self.buffer} at byte {self.offset}" if self.offset >= 0 else ""
             text += f"; {self.buffer}" if self.offset < 0 else ""
@@ -209,22 +213,24 @@ def source_lines(path: str, addresses: Sequence[int]) -> dict[int, str]:
     return places
 
 
-def _findings(lib: C.CDLL, path: str, lines: Sequence[str]) -> list[Finding]:
+def _findings(lib: C.CDLL, path: str, source: str) -> list[Finding]:
     reports = [_Report() for _ in range(lib.simt_n_reports())]
     for i, report in enumerate(reports):
         lib.simt_get_report(i, C.byref(report))
     places = source_lines(path, [r.pc for r in reports if not r.file and r.pc])
-    found = []
+    found, origins = [], Origins(source)
     for r in reports:
         where = places.get(r.pc, "")
         if r.file:
             where = f"{os.path.basename(r.file.decode())}:{r.line}"
         line = re.fullmatch(r"kernel\.(?:metal|cu):(\d+)", where)
-        code = lines[int(line[1]) - 1].strip() if line and int(line[1]) <= len(lines) else ""
-        who = {}
+        code, who = origins.text(int(line[1])) if line else "", {}
+        origin = origins.origin(int(line[1])) if line else None
+        if origin:
+            who["origin"], code = str(origin), origin.text
         if r.in_kernel:
             group, thread = ((v.x, v.y, v.z) for v in (r.group, r.thread))
-            who = {"group": group, "thread": thread, "simdgroup": r.simdgroup, "lane": r.lane}
+            who |= {"group": group, "thread": thread, "simdgroup": r.simdgroup, "lane": r.lane}
         facts = (r.kind.decode(), r.message.decode(), where, r.count, code)
         found.append(Finding(*facts, r.buffer.decode(), r.offset, **who))
     return found
@@ -282,7 +288,7 @@ def launch(
         for i, r in enumerate(regions if check else ()):
             lib.simt_region_traffic(i, C.byref(counts))
             traffic[r.name] = Traffic(counts)
-        found = _findings(lib, path, source.splitlines())
+        found = _findings(lib, path, source)
         lib.simt_check_begin(0)
     names = ("switches", "simd_ops", "barriers", "groups")
     return Result(found, {n: getattr(stats, n) for n in names}, traffic, stats.shared_bytes)

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import core, toolchain
 from .memory import DeviceMemory
+from .places import Origins
 from .rewrite import THREAD_METHOD, rewrite
 from .toolchain import CompileError
 from .unit import Param, Unit
@@ -91,16 +92,19 @@ def preprocess(
 
 
 def explain(messages: str, source: str) -> str:
-    """A compiler's errors, each followed by the source line it names."""
-    lines = source.splitlines()
+    """A compiler's errors, each followed by the source line it names and the file that is from."""
+    origins = Origins(source)
     shown = []
     for message in messages.splitlines():
         if ": error:" not in message and ": note:" not in message:
             continue
         shown.append(message)
-        place = re.match(r"kernel\.(?:metal|cu):(\d+):", message)
-        if place and 0 < int(place[1]) <= len(lines):
-            shown.append(f"    {place[1]} | {lines[int(place[1]) - 1].strip()}")
+        place = re.match(rf"{re.escape(SOURCE_NAME)}:(\d+):", message)
+        if place:
+            line = int(place[1])
+            origin = origins.origin(line)
+            text = f"{origin} | {origin.text}" if origin else f"{line} | {origins.text(line)}"
+            shown.append(f"    {text}")
     return "\n".join(shown[:60]) or messages[:2000]
 
 
