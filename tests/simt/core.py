@@ -47,6 +47,7 @@ class _Launch(C.Structure):
         ("order", C.c_uint32),
         ("ulp", C.c_uint32),
         ("transactions", C.c_uint32),
+        ("seconds", C.c_uint32),
     )
 
 
@@ -255,6 +256,7 @@ def launch(
     workers: int = 1,
     check: bool = False,
     transactions: bool = False,
+    seconds: int = 120,
     regions: Sequence[Region] = (),
     source: str = "",
 ) -> Result:
@@ -263,13 +265,14 @@ def launch(
     `grid` counts threads (Metal's dispatchThreads, edge groups are smaller), `groups` counts
     threadgroups; give one. `path` is the library `body` lies in, `source` its text, whose lines
     findings show. `order` is the order simd_sum adds in; `ulp` the error added to exp, log, rsqrt
-    and the like; `transactions` counts memory lines (slow).
+    and the like; `transactions` counts memory lines (slow). After `seconds` of processor time a
+    kernel is taken for endless.
     """
     lib = engine()
     desc = _Launch(tg=_U3(*threadgroup), width=width, cuda=cuda, shared_limit=threadgroup_limit)
     desc.ftz, desc.seed, desc.nworkers, desc.ulp = ftz, seed, workers, ulp
     desc.sched, desc.order = SCHEDULES.index(schedule), ORDERS.index(order)
-    desc.transactions = transactions
+    desc.transactions, desc.seconds = transactions, seconds
     if grid is not None:
         desc.grid_threads = _U3(*grid)
     else:

@@ -243,6 +243,16 @@ def test_without_the_checker_a_fault_is_a_finding_too():
     assert (found[0].buffer, found[0].where) == ("in", "kernel.metal:8")
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_kernel_that_never_ends(check):
+    body = "volatile device float* o = out; while (o[i] == 0.0f) o[i] = in[0]; out[i] = 2.0f;"
+    kernel = metal.compile_kernel(HEAD + body + "\n}\n", "k", check=check)
+    buffers = {0: np.zeros(128, np.float32), 1: np.zeros(128, np.float32)}
+    buffers |= {2: np.zeros(1, np.uint32), 3: np.zeros(1, np.uint32)}
+    found = kernel(buffers, (64, 1, 1), (128, 1, 1), seconds=1).findings
+    assert [(f.kind, f.where) for f in found] == [("endless", "kernel.metal:8")]
+
+
 @pytest.mark.parametrize("schedule", ["ascending", "descending", "random"])
 def test_what_threads_do_first_shows_without_the_checker(schedule):
     """A missing barrier gives another answer than the right one, whatever runs first."""

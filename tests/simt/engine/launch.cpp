@@ -1,8 +1,12 @@
 // A dispatch: threadgroups one after another (or over several OS threads), faults become findings.
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <mutex>
 #include <thread>
@@ -51,18 +55,51 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
   give_up();
 }
 
+const void* library_of(const void* address) {
+  Dl_info info;
+  return dladdr(address, &info) ? info.dli_fbase : nullptr;
+}
+
+// Between instructions of the kernel itself: the engine may hold a lock. The timer comes again.
+void on_time(int, siginfo_t*, void* context) {
+  uint64_t pc = instruction((const ucontext_t*)context);
+  if (!armed || !tls.cur || library_of((void*)pc) != library_of((void*)worker->body)) return;
+  report("endless", fmt("still runs after %u seconds", worker->d->seconds), {nullptr, 0, pc + 1});
+  give_up();
+}
+
 // Faults of kernels, for the duration of a launch.
 struct Handlers {
-  static constexpr int SIGNALS[3] = {SIGSEGV, SIGBUS, SIGFPE};
-  struct sigaction old[3];
+  static constexpr int SIGNALS[4] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+  struct sigaction old[4];
   Handlers() {
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int i = 0; i < 3; i++) sigaction(SIGNALS[i], &action, &old[i]);
+    for (int i = 0; i < 4; i++) {
+      struct sigaction action = {};
+      action.sa_sigaction = SIGNALS[i] == SIGVTALRM ? on_time : on_fault;
+      action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
+      sigaction(SIGNALS[i], &action, &old[i]);
+    }
   }
   ~Handlers() {
-    for (int i = 0; i < 3; i++) sigaction(SIGNALS[i], &old[i], nullptr);
+    for (int i = 0; i < 4; i++) sigaction(SIGNALS[i], &old[i], nullptr);
+  }
+};
+
+// Counts this thread's processor time, so that a busy machine ends nothing early.
+struct Timer {
+  timer_t timer;
+  bool made = false;
+  explicit Timer(uint32_t seconds) {
+    if (!seconds) return;
+    struct sigevent event = {};
+    event.sigev_notify = SIGEV_THREAD_ID, event.sigev_signo = SIGVTALRM;
+    event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+    made = !timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer);
+    struct itimerspec when = {{0, 10000000}, {(time_t)seconds, 0}};
+    if (made) timer_settime(timer, 0, &when, nullptr);
+  }
+  ~Timer() {
+    if (made) timer_delete(timer);
   }
 };
 
@@ -113,6 +150,7 @@ struct Dispatch {
   void run_groups(Worker& w, uint64_t& done, uint64_t& shared) {
     SignalStack signal_stack;
     FlushDenormals flush(d.ftz);
+    Timer timer(d.seconds);
     if (!sigsetjmp(escape, 1)) {
       armed = true;
       for (uint64_t i; (i = next.fetch_add(1)) < total;) {

@@ -83,6 +83,7 @@ struct LaunchDesc {
   uint32_t order;         // GroupInfo::order
   uint32_t ulp;           // exp, log, rsqrt ... are off by up to so many units in the last place
   uint32_t transactions;  // count memory lines per simdgroup instruction
+  uint32_t seconds;       // of processor time, after which the kernel is taken for endless
 };
 
 template <class T, int ID>
