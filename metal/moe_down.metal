@@ -1,5 +1,6 @@
 // Second half of a mixture of experts: the weighted sum of a token's experts, the shared one and the residual.
 #include "moe_rows.metal"
+#include "moe_top.metal"
 
 namespace hm {
 
@@ -69,7 +70,7 @@ struct Inner {
 };
 
 // y[t, n] = residual[t, n] + sum_s weight_s down_s[n] . inner[t, s] + sigmoid(shared gate) shared[n] . inner[t, TOP_K],
-// in this order; weight_s = softmax(logits)_s, over their sum where NORMALIZE.
+// in this order; weight_s: the s-th share of moe_top.metal.
 //   logits, parts: as in moe_gate_up     IN, K: columns of an expert's rows as they are and rotated; SHARED_ of the shared
 // A threadgroup has HEIGHT rows, its simdgroups the experts s, s + THREADS / 32, ...; groups: (blocks of rows, t)
 template <int N, int IN, int K, int SHARED_IN, int SHARED_K, int EXPERTS, int TOP_K, int PARTS, int NORMALIZE,
@@ -82,24 +83,12 @@ METAL_FUNC void moe_down(const device float* inner, Logits all_logits, const dev
   const auto logits = all_logits + t * (EXPERTS + 1);
   const device float* x = inner + ulong(t) * (TOP_K + 1) * width;
 
-  Ranking<EXPERTS> ranking;
-  ranking.open(logits, at.lane);
-  uint expert = 0;  // lane s has the s-th
-  float top = 0.0f, total = 0.0f;
-  for (uint s = 0; s < TOP_K; s++) {
-    const uint next = ranking.next(at.lane);
-    if (s == 0) top = logits[next];
-    if (s == at.lane) expert = next;
-  }
-  for (uint e = at.lane; e < EXPERTS; e += 32) total += precise::exp(logits[e] - top);
-  float weight = at.lane < TOP_K ? precise::exp(logits[expert] - top) : 0.0f;
-  weight /= simd_sum(total);
-  if (NORMALIZE) weight /= simd_sum(weight);
-
+  Choice<EXPERTS, TOP_K, NORMALIZE> choice;
+  choice.open(logits, at.lane);
   for (uint s = at.simd; s < TOP_K; s += simds) {
     PartRows<IN, K, HEIGHT, Inner<IN, K, BLOCK, PRES, POSTS>> product{
-        words, {x + s * width, pre, post}, simd_shuffle(weight, ushort(s)), terms + s * HEIGHT, at.lane};
-    const uint e = simd_shuffle(expert, ushort(s));
+        words, {x + s * width, pre, post}, simd_shuffle(choice.share, ushort(s)), terms + s * HEIGHT, at.lane};
+    const uint e = simd_shuffle(choice.expert, ushort(s));
     expert_rows<PARTS, HEIGHT, KINDS...>(parts + ulong(e) * (PARTS * 8), first, product);
   }
   for (uint i = at.simd * OWN; i < HEIGHT; i += simds * OWN) {  // OWN rows of the shared expert

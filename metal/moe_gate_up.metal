@@ -1,5 +1,6 @@
 // First half of a mixture of experts: inner = silu(gate) * up of a token's experts and of the shared one.
 #include "moe_rows.metal"
+#include "moe_top.metal"
 #include "rotate.metal"
 
 namespace hm {

@@ -1,14 +1,16 @@
-"""Launch plans of the mixture of experts for a few tokens: `reference.moe_decode` in three.
+"""Launch plans of the mixture of experts: `reference.moe_decode`, for a few tokens in three.
 
 1. `metal_products.qmatvec`: the router's logits and the shared gate's, side by side.
 2. `gate_up`: every threadgroup finds its expert itself, so no launch waits for a choice.
 3. `down`: all experts of a token, weighted and summed, and the residual.
+
+A prompt's experts are chosen once (`route`), and their tokens multiplied together (`product`).
 """
 
 from __future__ import annotations
 
 from .metal_plan import Launch, Output, float_bits
-from .metal_products import shared_columns, table_files
+from .metal_products import TOKENS, lanes, shared_columns, table_files
 from .metal_weight import MetalWeight
 
 #: Experts of a token at most: a lane remembers one.
@@ -144,4 +146,51 @@ def down(
         (-(-experts.rows // _ROWS), tokens, 1),
         32 * simds,
         (("float", top_k * _ROWS + simds * own),),
+    )
+
+
+def route(tokens: int, experts: int, top_k: int, *, normalize: bool) -> Launch:
+    """``expert[t, top_k]`` and ``share[t, top_k + 1]``, the last the shared expert's."""
+    return Launch(
+        "moe_route",
+        "moe_route",
+        {"EXPERTS": experts, "TOP_K": top_k, "NORMALIZE": int(normalize)},
+        {"logits": None},
+        (
+            Output("expert", (tokens, top_k), "int32"),
+            Output("share", (tokens, top_k + 1), "float32"),
+        ),
+        (tokens, 1, 1),
+        32,
+    )
+
+
+def product(slots: int, experts: MetalWeight, each: int) -> Launch:
+    """``y[slot, n]``: rows of the slot's expert times x.
+
+    Args:
+        slots: how many: tokens times top_k.
+        each: slots that share a row of ``x [slots / each, columns]``, which has been through the
+            rotation where the experts have one.
+    """
+    height = max(32 // min(lanes(experts.columns, kind) for kind in experts.kinds), 4)
+    blocks = -(-experts.rows // height)
+    simds = min(_SIMDGROUPS, blocks)
+    constants = {
+        "K": experts.columns,
+        "N": experts.rows,
+        "EACH_X": each,
+        "PARTS": experts.parts.shape[1],
+        "HEIGHT": height,
+        "TOKENS": TOKENS,
+        "THREADS": 32 * simds,
+    }
+    return Launch(
+        "moe_experts",
+        "+".join([*table_files(experts.kinds), "moe_experts"]),
+        constants | _kinds(experts),
+        dict.fromkeys(("x", "expert", "order", "dims", "words", "parts")),
+        (Output("y", (slots, experts.rows), "float32"),),
+        (-(-blocks // simds), -(-slots // TOKENS), 1),
+        32 * simds,
     )

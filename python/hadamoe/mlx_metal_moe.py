@@ -10,10 +10,16 @@ import mlx.core as mx
 
 from . import metal_moe
 from .errors import UnsupportedError
+from .metal_products import hadamard
 from .metal_weight import MetalWeight, metal_experts
-from .mlx_metal import product, resident, run
+from .mlx_metal import Resident, product, resident, run, run_all
 from .packed import PackedWeight
 from .roles import MoeWeights
+
+#: Tokens, at most, that do not wait for one another's experts.
+FEW = 8
+#: Tokens at once of a prompt: what their experts leave takes 70 KB each.
+MANY = 512
 
 
 class Experts(NamedTuple):
@@ -24,6 +30,7 @@ class Experts(NamedTuple):
     words: mx.array
     parts: mx.array
     signs: dict[str, mx.array]
+    own: Resident  # the shared expert by itself
 
 
 _made: WeakKeyDictionary[MoeWeights, tuple[Experts, Experts]] = WeakKeyDictionary()
@@ -33,13 +40,11 @@ def _experts(weight: PackedWeight, shared: PackedWeight) -> Experts:
     plan, own = metal_experts(weight, shared)
     words, parts = mx.array(plan.words), mx.concatenate([mx.array(w.parts) for w in (plan, own)])
     rotation = plan.rotation or own.rotation
-    signs = {"pre": rotation and rotation.pre, "post": rotation and rotation.post}
-    return Experts(
-        *(replace(w, words=w.words[:0]) for w in (plan, own)),
-        words,
-        parts,
-        {name: mx.array(s) for name, s in signs.items() if s is not None},
-    )
+    both = {"pre": rotation and rotation.pre, "post": rotation and rotation.post}
+    signs = {name: mx.array(s) for name, s in both.items() if s is not None}
+    plan, own = (replace(w, words=w.words[:0]) for w in (plan, own))
+    alone = Resident(own, words, parts[plan.experts :], signs.get("pre"), signs.get("post"))
+    return Experts(plan, own, words, parts, signs, alone)
 
 
 def _halves(moe: MoeWeights) -> tuple[Experts, Experts]:
@@ -60,10 +65,6 @@ def _few(
     normalize: bool,
 ) -> mx.array:
     """x [t, hidden] f32 through three launches; with a norm the result is added to x."""
-    if top_k > metal_moe.MOST:
-        raise UnsupportedError(f"moe_decode: top_k is {top_k}, on Metal {metal_moe.MOST} at most")
-    if not len(x):
-        return x
     first, second = _halves(moe)
     tokens = len(x)
     logits = product(x, resident(moe.router, moe.shared_gate), norm=norm)
@@ -85,10 +86,66 @@ def _few(
     return run(launch, arrays | {"words": second.words, "parts": second.parts})[0]
 
 
+def _swiglu(gate_up: mx.array) -> mx.array:
+    gate, up = mx.split(gate_up, 2, -1)
+    return gate * mx.sigmoid(gate) * up
+
+
+def _chosen(x: mx.array, half: Experts, expert: mx.array, order: mx.array, each: int) -> mx.array:
+    """Rows of every slot's expert times its x, a row of which ``each`` slots share."""
+    rotation = half.plan.rotation
+    if rotation is not None:
+        counts = {name: len(half.signs.get(name, ())) for name in ("pre", "post")}
+        sizes = counts | {"block": rotation.block}
+        x = run_all(hadamard(len(x), x.shape[1], "float32", **sizes), {"x": x, **half.signs})
+    arrays = {"x": x, "expert": expert, "order": order, "words": half.words, "parts": half.parts}
+    arrays["dims"] = mx.array([expert.size], mx.int32)
+    return run(metal_moe.product(expert.size, half.plan, each), arrays)[0]
+
+
+def _many(
+    x: mx.array,
+    norm: tuple[mx.array, float] | None,
+    moe: MoeWeights,
+    top_k: int,
+    normalize: bool,
+) -> mx.array:
+    """As `_few`: tokens in the order of their experts, whose codes are read for several at once."""
+    first, second = _halves(moe)
+    tokens, hidden = x.shape
+    y = x if norm is None else mx.fast.rms_norm(x, *norm)
+    logits = product(y, resident(moe.router, moe.shared_gate))
+    launch = metal_moe.route(tokens, moe.gate_up.experts, top_k, normalize=normalize)
+    expert, share = run(launch, {"logits": logits})
+    order = mx.argsort(expert.reshape(-1))
+    inner = _swiglu(_chosen(y, first, expert, order, top_k))
+    down = _chosen(inner, second, expert, order, 1).reshape(tokens, top_k, hidden)
+    own = product(_swiglu(product(y, first.own)), second.own)
+    y = (share[:, :top_k, None] * down).sum(1) + share[:, top_k:] * own
+    return y if norm is None else x + y
+
+
+def _run(
+    x: mx.array,
+    norm: tuple[mx.array, float] | None,
+    moe: MoeWeights,
+    top_k: int,
+    normalize: bool,
+) -> mx.array:
+    """x [..., hidden] f32; with a norm the result is added to x."""
+    if top_k > metal_moe.MOST:
+        raise UnsupportedError(f"moe_decode: top_k is {top_k}, on Metal {metal_moe.MOST} at most")
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) <= FEW:
+        y = _few(flat, norm, moe, top_k, normalize) if len(flat) else flat
+        return y.reshape(x.shape)
+    pieces = (flat[i : i + MANY] for i in range(0, len(flat), MANY))
+    return mx.concatenate([_many(p, norm, moe, top_k, normalize) for p in pieces]).reshape(x.shape)
+
+
 def moe_decode(x: mx.array, moe: MoeWeights, *, top_k: int, normalize: bool = True) -> mx.array:
     """`ops.moe_decode` of f32, f16 or bf16 ``[..., hidden]``."""
-    flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-    return _few(flat, None, moe, top_k, normalize).astype(x.dtype).reshape(x.shape)
+    return _run(x.astype(mx.float32), None, moe, top_k, normalize).astype(x.dtype)
 
 
 def moe_block(
@@ -101,5 +158,4 @@ def moe_block(
     eps: float = 1e-6,
 ) -> mx.array:
     """`ops.moe_block` of f32 ``[..., hidden]``."""
-    flat = x.reshape(-1, x.shape[-1])
-    return _few(flat, (norm, eps), moe, top_k, normalize).reshape(x.shape)
+    return _run(x, (norm, eps), moe, top_k, normalize)
