@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -154,6 +155,8 @@ def installed(**options) -> Iterator[list[session.Launch]]:
         (mx, "default_device"): lambda: mx.Device(mx.gpu, 0),
         (mx, "device_info"): lambda *_: dict(DEVICE_INFO),
     }
+    for name in ("stream", "default_stream", "new_stream", "new_thread_local_stream"):
+        replaced[mx, name] = _of_the_cpu(getattr(mx, name))
     old = {place: getattr(*place) for place in replaced}
     with session.opened(**options) as log, _eager():
         for (module, name), value in replaced.items():
@@ -165,11 +168,29 @@ def installed(**options) -> Iterator[list[session.Launch]]:
                 setattr(module, name, value)
 
 
+def _of_the_cpu(function):
+    """`function` of a device or stream, the CPU's where code asks for the GPU's, which none has."""
+
+    @functools.wraps(function)
+    def call(where):
+        gpu = isinstance(where, (mx.Device, mx.DeviceType)) and where == mx.gpu
+        return function(mx.Device(mx.cpu, 0) if gpu else where)
+
+    return call
+
+
+_eager_blocks = 0
+
+
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
     """mx.compile is off inside: a simulated launch needs the values of its inputs."""
+    global _eager_blocks
+    _eager_blocks += 1
     mx.disable_compile()
     try:
         yield
     finally:
-        mx.enable_compile()
+        _eager_blocks -= 1
+        if not _eager_blocks:
+            mx.enable_compile()

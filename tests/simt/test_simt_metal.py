@@ -94,7 +94,22 @@ def test_inside_a_compiled_function():
         return 2 * run("y[thread_position_in_grid.x] = x[thread_position_in_grid.x] + 1;", x)
 
     with metal.installed():
+        with metal.installed(check=True) as inner:
+            doubled(mx.arange(4.0))
+        assert len(inner) == 1
         assert mx.array_equal(doubled(mx.arange(4.0)), mx.array([2.0, 4.0, 6.0, 8.0]))
+
+
+def test_streams_of_a_device_that_is_not_there():
+    """mlx-lm makes a stream of the default device when it is imported."""
+    with metal.installed():
+        stream = mx.new_thread_local_stream(mx.default_device())
+        with mx.stream(stream):
+            assert (mx.array(1) + 2).item() == 3
+        with mx.stream(mx.gpu):
+            assert (mx.array(1) + 2).item() == 3
+        assert mx.default_stream(mx.default_device()).device == mx.cpu
+        assert mx.device_info()["max_recommended_working_set_size"] > 0
 
 
 def test_options_that_do_not_exist():
