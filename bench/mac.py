@@ -36,6 +36,8 @@ from hadamoe import Weight, bench, inspect, mlx_metal, ops, synth
 ROOT = Path(__file__).resolve().parent.parent
 #: What mlx-lm itself reads.
 STOCK = ("config-i", "mxfp4")
+#: Behind a long context: the smallest format, over mlx-lm's own KV cache and over a quantized one.
+LONG = ("jangtq2", ("bf16", "hk4v3"))
 #: Beyond the weights: a prompt's activations, caches, the system's own.
 SPARE = 3 << 30
 EXPERTS = 8
@@ -50,6 +52,7 @@ class Sizes:
     copy: int = 1 << 30
     shape: str = "full"
     prompt: int = 512
+    context: int = 8192
     tokens: int = 128
     tests: bool = True
 
@@ -138,34 +141,37 @@ def models(folder: Path, copy: float, sizes: Sizes) -> Iterator[dict[str, Any]]:
         try:
             plan.write(directory)
             per_token = inspect.describe(directory).token_bytes
-            for who in ("hadamoe", *(("mlx-lm",) if name in STOCK else ())):
-                row = attempt(lambda d=directory, w=who: speed(d, w, sizes))
+            runs = [("hadamoe", "bf16", sizes.prompt)]
+            runs += [("mlx-lm", "bf16", sizes.prompt)] if name in STOCK else []
+            runs += [("hadamoe", kv, sizes.context) for kv in LONG[1] if name == LONG[0]]
+            for who, kv, tokens in runs:
+                options = {"hadamoe": False} if who == "mlx-lm" else {"kv": kv}
+                row = attempt(lambda a=(directory, options, tokens): speed(*a, sizes.tokens))
                 if "decode" in row:
-                    row["gbytes"] = row["decode"] * per_token / 1e9
+                    row["gbytes"] = row["decode"] * per_token / 1e9  # of weights
                     row["of_copy"] = row["gbytes"] / copy
-                yield {"format": name, "who": who, "gb": plan.nbytes / 1e9, **row}
+                yield {"format": name, "who": who, "kv": kv, "context": tokens, **row}
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def speed(directory: Path, who: str, sizes: Sizes) -> dict[str, Any]:
+def speed(directory: Path, options: dict[str, Any], context: int, tokens: int) -> dict[str, Any]:
     """Tokens a second of a prompt and of decoding behind it, and the memory that took."""
     from mlx_lm import utils
     from mlx_lm.generate import generate_step
 
     mx.reset_peak_memory()
-    stock = {"hadamoe": False} if who == "mlx-lm" else {}
-    model, config = utils.load_model(directory, model_config=stock)
+    model, config = utils.load_model(directory, model_config=options)
     vocabulary = config.get("text_config", config)["vocab_size"]
-    prompt = mx.array(np.random.default_rng(0).integers(0, vocabulary, sizes.prompt))
+    prompt = mx.array(np.random.default_rng(0).integers(0, vocabulary, context))
     times = []
     for _ in range(2):  # the first compiles the kernels
         times = [time.perf_counter()]
-        for _token in generate_step(prompt, model, max_tokens=sizes.tokens):
+        for _token in generate_step(prompt, model, max_tokens=tokens):
             times.append(time.perf_counter())
     steps = np.diff(times[1:])  # MLX works a token ahead: the first comes with the prompt
     row = {
-        "prompt": sizes.prompt / (times[1] - times[0]),
+        "prompt": context / (times[1] - times[0]),
         "decode": float(1 / np.median(steps)),
         "slowest_ms": float(1e3 * steps.max()),
         "peak_gb": mx.get_peak_memory() / 1e9,
@@ -223,10 +229,9 @@ def show_model(row: dict[str, Any]) -> str:
     """One line of the table of models."""
     if "left_out" in row:
         return f"{row['format']:10} left out: {row['left_out']}"
-    return (
-        f"{row['format']:10} {row['who']:8} prompt {row['prompt']:8.1f} tok/s  decode "
-        f"{row['decode']:7.2f} tok/s = {row['gbytes']:6.1f} GB/s, {row['of_copy']:.1%} of a copy"
-    )
+    what = f"{row['format']:10} {row['who']:8} {row['kv']:6} {row['context']:5} tokens"
+    rate = f"{row['decode']:7.2f} tok/s = {row['gbytes']:6.1f} GB/s, {row['of_copy']:.1%} of a copy"
+    return f"{what}  prompt {row['prompt']:8.1f} tok/s  decode {rate}"
 
 
 def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
@@ -256,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=synth.PRESETS, default=standard.shape)
     parser.add_argument("--pool", type=int, default=standard.pool >> 20, help="MB per instance")
     parser.add_argument("--prompt", type=int, default=standard.prompt, help="tokens")
+    parser.add_argument("--context", type=int, default=standard.context, help="a long prompt")
     parser.add_argument("--tokens", type=int, default=standard.tokens, help="decoded")
     parser.add_argument("--no-tests", action="store_true", help="measures only")
     args = parser.parse_args(argv)
@@ -264,6 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         copy=min(standard.copy, 2 * args.pool << 20),
         shape=args.shape,
         prompt=args.prompt,
+        context=args.context,
         tokens=args.tokens,
         tests=not args.no_tests,
     )

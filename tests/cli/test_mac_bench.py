@@ -39,7 +39,7 @@ def test_the_report(mac, monkeypatch, tmp_path):
     monkeypatch.setattr(synth, "FORMATS", kept)
     out = tmp_path / "report.json"
     arguments = ["--out", out, "--folder", tmp_path, "--shape", "tiny", "--no-tests"]
-    arguments += ["--pool", 1, "--prompt", 5, "--tokens", 3]
+    arguments += ["--pool", 1, "--prompt", 5, "--context", 12, "--tokens", 3]
     with metal.installed():
         mac.main([str(a) for a in arguments])
     report = json.loads(out.read_text())
@@ -51,8 +51,10 @@ def test_the_report(mac, monkeypatch, tmp_path):
     ]
     assert all(r["gbytes"] > 0 for r in rows)
     rows = report["models"]
-    assert [(r["format"], r["who"]) for r in rows] == [
-        ("config-i", "hadamoe"), ("config-i", "mlx-lm"), ("jangtq2", "hadamoe"),
+    assert [(r["format"], r["who"], r["kv"], r["context"]) for r in rows] == [
+        ("config-i", "hadamoe", "bf16", 5), ("config-i", "mlx-lm", "bf16", 5),
+        ("jangtq2", "hadamoe", "bf16", 5),
+        ("jangtq2", "hadamoe", "bf16", 12), ("jangtq2", "hadamoe", "hk4v3", 12),
     ]  # fmt: skip
     assert all(r["decode"] > 0 and r["prompt"] > 0 and r["gbytes"] > 0 for r in rows)
     assert list(tmp_path.iterdir()) == [out]  # checkpoints are gone
