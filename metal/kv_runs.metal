@@ -7,24 +7,30 @@ namespace hm {
 METAL_FUNC float4 simd_most(float4 v) { return float4(simd_max(v.x), simd_max(v.y), simd_max(v.z), simd_max(v.w)); }
 METAL_FUNC float4 simd_total(float4 v) { return float4(simd_sum(v.x), simd_sum(v.y), simd_sum(v.z), simd_sum(v.w)); }
 
-// x [b, KV, HEADS, D], factors [b, KV, HEADS]: queries (attention.metal); pages [b, KV, m, words], page p at p - SKIP;
-// lengths: tokens of each sequence; dims: m, runs. Out: parts [b, KV, runs, HEADS, D], sums (most, total, noise, 0) alike.
+// Where page p of a sequence and a key head is: p - SKIP of its m, or of a pool where the table [b, m] says.
+template <int KV, int SKIP, class B>
+METAL_FUNC ulong page_at(B table, uint m, uint b, uint g, uint p) {
+  if (table) return ulong(table[b * m + p - SKIP]) * KV + g;
+  return ulong(b * KV + g) * m + p - SKIP;
+}
+
+// x [b, KV, HEADS, D], factors [b, KV, HEADS]: queries (attention.metal); pages [b, KV, m, words] or, with a table,
+// [places, KV, words]; lengths: tokens of each sequence; dims: m, runs. Out: parts [b, KV, runs, HEADS, D], sums (most, total, noise, 0) alike.
 // A group has R of HEADS query heads; runs are 8 pages, counted from page 0. EACH: columns of a thread. KEY, VALUE: 32 times
 // a codec's number plus the bits of a code; book: centroids of keys, then of values.
 template <int KEY, int VALUE, int KV, int HEADS, int R, int D, int SKIP, int KEY_WORDS, int VALUE_WORDS, int WORTH,
-          int EACH, class X, class F, class L, class M>
-METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pages,
-                        const device uchar* value_pages, const device float* book, L lengths, M dims, device float* parts, device float* sums,
+          int EACH, class X, class F, class B, class L, class M>
+METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pages, const device uchar* value_pages,
+                        B table, const device float* book, L lengths, M dims, device float* parts, device float* sums,
                         threadgroup float4* shared, threadgroup float4* peaks, threadgroup float4* totals,
                         threadgroup float4* noises, threadgroup float4* units, Place at) {
   constexpr int V = (R + 3) / 4;
-  const uint g = at.group.y / (HEADS / R), head = at.group.y % (HEADS / R) * R, seq = at.group.z * KV + g;
-  const uint own = (lengths[at.group.z] - 1) / PAGE, run = 8 * at.group.x, p = run + at.simd;
+  const uint g = at.group.y / (HEADS / R), head = at.group.y % (HEADS / R) * R, b = at.group.z, seq = b * KV + g;
+  const uint own = (lengths[b] - 1) / PAGE, run = 8 * at.group.x, p = run + at.simd;
   if (run >= own || own < 2) return;
   const bool seen = p > 0 && p < own;
-  const ulong place = ulong(seq) * dims[0] + run - SKIP, part = (ulong(seq) * dims[1] + at.group.x) * HEADS + head;
-  const device uint* keys = (const device uint*)key_pages + place * KEY_WORDS;
-  const device uint* values = (const device uint*)value_pages + place * VALUE_WORDS;
+  const ulong mine = seen ? page_at<KV, SKIP>(table, dims[0], b, g, p) : 0, part = (ulong(seq) * dims[1] + at.group.x) * HEADS + head;
+  const device uint* values = (const device uint*)value_pages;
 
   const uint first = seq * HEADS + head;
   for (uint i = at.index; i < 4 * V * D; i += 256)
@@ -33,7 +39,7 @@ METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pa
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float4 s[2 * V], unit[V], noise[V];
   for (int i = 0; i < 2 * V; i++) s[i] = -INFINITY;
-  if (seen) key_scores<KEY, D, V>(keys + at.simd * KEY_WORDS, book, shared, units, s, at.lane);
+  if (seen) key_scores<KEY, D, V>((const device uint*)key_pages + mine * KEY_WORDS, book, shared, units, s, at.lane);
   for (int v = 0; v < V; v++) {
     const float4 most = simd_most(max(s[v], s[V + v]));
     if (at.lane == 0) peaks[at.simd * V + v] = most;
@@ -47,7 +53,7 @@ METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pa
     const float4 total = simd_total(s[v] + s[V + v]);
     if (at.lane == 0) totals[at.simd * V + v] = total;
   }
-  if (seen) weigh<VALUE, D, V, WORTH>(values + at.simd * VALUE_WORDS, s, unit, noise, at.lane);
+  if (seen) weigh<VALUE, D, V, WORTH>(values + mine * VALUE_WORDS, s, unit, noise, at.lane);
   for (int v = 0; v < V && at.lane == 0; v++) units[at.simd * V + v] = unit[v], noises[at.simd * V + v] = noise[v];
 
   float4 o[EACH * V];
@@ -58,8 +64,9 @@ METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pa
       shared[((at.simd % 4 * 2 + i / V) * 32 + at.lane) * V + i % V] = s[i];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = four; i < four + 4; i++) {
-      if (run + i > 0 && run + i < own)
-        page_values<VALUE, D, V>(values + i * VALUE_WORDS, book + 16, shared + i % 4 * PAGE * V, units + i * V, o, at);
+      if (run + i == 0 || run + i >= own) continue;
+      const ulong place = page_at<KV, SKIP>(table, dims[0], b, g, run + i);
+      page_values<VALUE, D, V>(values + place * VALUE_WORDS, book + 16, shared + i % 4 * PAGE * V, units + i * V, o, at);
     }
   }
   for (int e = 0; e < EACH; e++) {

@@ -214,12 +214,12 @@ def _files(form: KVFormat) -> str:
     return f"kv_keys{key}+kv_values{value}+kv_runs"
 
 
-def runs(heads: Heads, count: int, skip: int) -> Launch:
+def runs(heads: Heads, count: int, skip: int, table: bool = False) -> Launch:
     """Attention of one token over ``count`` runs of 8 coded pages each.
 
     Arrays: x, factors of `prepare`; key_pages, value_pages u8 ``[b, g, m, bytes]``, page p at
-    p - skip; book f32 ``[32]``, centroids of turbo keys and values; lengths i32 ``[b]``, this token
-    counted; dims i32: m, count.
+    p - skip, or ``[places, g, bytes]`` with a table i32 ``[b, m]`` of places; book f32 ``[32]``,
+    centroids of turbo keys and values; lengths i32 ``[b]``, this token counted; dims i32: m, count.
     """
     b, h, g, d, form, _ = heads
     group = h // g
@@ -241,6 +241,7 @@ def runs(heads: Heads, count: int, skip: int) -> Launch:
     }
     turbo = any(codec.startswith("turbo") for codec in form)
     inputs = dict.fromkeys(("x", "factors", "key_pages", "value_pages"))
+    inputs |= {"table": None if table else "int"}
     inputs |= {"book": None if turbo else "float", "lengths": None, "dims": None}
     outputs = (
         Output("parts", (b, g, count, group, d), "float32"),

@@ -22,7 +22,7 @@ from mlx_lm.models.base import create_causal_mask
 from . import mlx_metal, mlx_metal_kv
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat, formats_of
-from .mlx_pages import Side, slot
+from .mlx_pages import Joint, Side, slot
 
 __all__ = ["HadamoeBatchKVCache", "HadamoeKVCache", "make_prompt_cache"]
 
@@ -241,7 +241,7 @@ class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
     @property
     def offset(self) -> mx.array:
         """Tokens of each sequence, i32 ``[b]``."""
-        return mx.array([c.offset for c in self.caches])
+        return mx.array([c.offset for c in self._caches])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As `HadamoeKVCache.update_and_fetch`, ``[b, g, longest + t, d]`` each."""
@@ -262,22 +262,36 @@ class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
     @property
     def attends(self) -> bool:
         """Whether `attend` can be used."""
-        return self._left is None and all(c.attends for c in self.caches)
+        return self._left is None and all(c.attends for c in self._caches)
 
     def attend(self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None) -> mx.array:
-        """As `HadamoeKVCache.attend`, each sequence by itself."""
-        rows = []
-        for i, c in enumerate(self.caches):
-            kv = tokens.kv[:, i : i + 1]
-            q, x, factors = (a[i : i + 1] for a in (tokens.q, tokens.x, tokens.factors))
-            one = mlx_metal_kv.Prepared(q, kv, x, factors)
-            rows.append(c.attend(one, None if gate is None else gate[i : i + 1]))
-        return mx.concatenate(rows)
+        """As `HadamoeKVCache.attend`, all sequences at once."""
+        caches = self._caches
+        if self._joint is None:
+            self._joint = Joint([c.sides for c in caches], [c.kept for c in caches])
+        y = self._joint.attend(tokens, [c.offset for c in caches], self.format, gate)
+        for c in caches:
+            c.offset += 1
+            c.kept = max(c.kept, c.offset // PAGE - 1)
+        return y
 
     @property
     def format(self) -> KVFormat:
         """Codecs of keys and values."""
-        return self.caches[0].format
+        return self._caches[0].format
+
+    @property
+    def caches(self) -> list[HadamoeKVCache]:
+        """The sequences, each by itself."""
+        if self._joint is not None:
+            self._joint.part([c.offset for c in self._caches], [c.kept for c in self._caches])
+            self._joint = None
+        return self._caches
+
+    @caches.setter
+    def caches(self, caches: list[HadamoeKVCache]) -> None:
+        self._caches = caches
+        self._joint: Joint | None = None  # while tokens come through attend()
 
     def prepare(self, *, left_padding: Any = None, lengths: Any = None, **_: Any) -> None:
         """Says how many of the coming tokens are real, the first ones of each row.
@@ -313,7 +327,7 @@ class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
 
     def make_mask(self, n: int, return_array: bool = False, **kwargs: Any) -> mx.array:
         """Which keys each of n queries sees: bool ``[b, 1, n, longest + n]``."""
-        padding = mx.array([self.size() - c.offset for c in self.caches])
+        padding = mx.array([self.size() - c.offset for c in self._caches])
         return create_causal_mask(n, offset=self.size(), left_padding=padding, **kwargs)
 
     def filter(self, batch_indices: Sequence[int]) -> None:
@@ -331,7 +345,7 @@ class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
 
     def size(self) -> int:
         """Tokens of the longest sequence."""
-        return max(c.offset for c in self.caches)
+        return max(c.offset for c in self._caches)
 
     def empty(self) -> bool:
         """Whether nothing was ever stored."""

@@ -143,6 +143,7 @@ def attend(
     form: KVFormat,
     *,
     skip: int = 1,
+    table: mx.array | None = None,
     gate: mx.array | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
     dtype: mx.Dtype = mx.float32,
@@ -155,6 +156,7 @@ def attend(
         tokens: of `prepare` with ``form``; keys and values are in ``raw`` already.
         raw: ``[2, b, g, 192, d]``: page 0, then page p from row 64 (1 + p % 2) on.
         pages: of keys, of values, u8 ``[b, g, m, bytes]``: page p at p - skip.
+        table: i32 ``[b, m]``: places of these pages, where ``pages`` are u8 ``[places, g, bytes]``.
         length: tokens of each sequence with this one: one number or i32 ``[b]``, of which ``m``
             pages are enough.
         scales: of fp8 keys and values, as in `prepare`.
@@ -165,13 +167,14 @@ def attend(
     """
     b, h, _, d = tokens.q.shape
     heads = metal_kv.Heads(b, h, raw.shape[2], d, form, scales)
-    m = pages[0].shape[2]
+    m = pages[0].shape[2] if table is None else table.shape[1]
     count = -(-(m + skip) // 8) if m else 0
     arrays = {"lengths": _per_sequence(length, b), "dims": mx.array([m, count], mx.int32)}
     if count:
         x = dict(zip(("key_pages", "value_pages"), pages, strict=True))
         x |= {"x": tokens.x, "factors": tokens.factors, "book": _books(form, d)}
-        parts = run(metal_kv.runs(heads, count, skip), arrays | x)
+        x["table"] = table
+        parts = run(metal_kv.runs(heads, count, skip, table is not None), arrays | x)
         arrays |= dict(zip(("parts", "sums"), parts, strict=True))
     width = 0 if gate is None else gate.shape[-1]
     launch = metal_kv.join(heads, bool(count), width, _name(dtype))

@@ -1,4 +1,4 @@
-"""Keys or values of one layer of a quantized cache as MLX arrays that grow."""
+"""Keys and values of one layer of a quantized cache as MLX arrays that grow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kv import PAGE, page_bytes
+from . import mlx_metal_kv
+from .kv import PAGE, KVFormat, page_bytes
 from .mlx_kv import kv_decode, kv_encode
 
 
@@ -89,3 +90,86 @@ def _cut(x: mx.array, begin: int, end: int) -> mx.array:
     """Tokens begin .. end of ``[b, g, t, d]``, without holding the memory of the others."""
     whole = begin == 0 and end >= x.shape[2]
     return x if whole else mx.contiguous(x[:, :, begin:end])
+
+
+class Joint:
+    """Sequences' sides side by side while one token comes to each: pages in a pool behind a table.
+
+    The sides are empty until `part` gives all back.
+
+    Args:
+        sides: keys and values of each sequence.
+        kept: of each sequence, as `Side.slots` takes it.
+    """
+
+    def __init__(self, sides: Sequence[Sequence[Side]], kept: Sequence[int]) -> None:
+        self.sides = sides
+        raw = [mx.stack([s.slots(k) for s in both]) for both, k in zip(sides, kept, strict=True)]
+        self.raw = mx.concatenate(raw, 1)
+        self.places: list[list[int]] = []  # of each sequence's pages from 1 on
+        self.used = 0
+        for both in sides:
+            count = both[0].pages.shape[2]
+            self.places.append(list(range(self.used, self.used + count)))
+            self.used += count
+        self.pool = []
+        for column in zip(*sides, strict=True):
+            pages = [side.pages[0].swapaxes(0, 1) for side in column]
+            self.pool.append(_grown(mx.concatenate(pages)))
+            for side in column:
+                side.first = side.pages = side.newest = None
+        self._table: mx.array | None = None
+
+    @property
+    def table(self) -> mx.array:
+        """i32 ``[b, m]``."""
+        if self._table is None:
+            m = max(map(len, self.places))
+            rows = [places + [0] * (m - len(places)) for places in self.places]
+            self._table = mx.array(rows, mx.int32).reshape(len(rows), m)
+        return self._table
+
+    def attend(
+        self,
+        tokens: mlx_metal_kv.Prepared,
+        offsets: Sequence[int],
+        form: KVFormat,
+        gate: mx.array | None,
+    ) -> mx.array:
+        """Stores a token behind each sequence's offset and attends, in two launches."""
+        rows = [(slot(n // PAGE) if n >= PAGE else 0) + n % PAGE for n in offsets]
+        rows = mx.broadcast_to(mx.array(rows).reshape(1, -1, 1, 1, 1), tokens.kv.shape)
+        self.raw = mx.put_along_axis(self.raw, rows, tokens.kv.astype(self.raw.dtype), 3)
+        lengths = mx.array([n + 1 for n in offsets], mx.int32)
+        y = mlx_metal_kv.attend(
+            tokens, self.raw, self.pool, lengths, form, table=self.table, gate=gate
+        )
+        for i, n in enumerate(offsets):
+            if n >= PAGE and (n + 1) % PAGE == 0:
+                self._store(i, n // PAGE)
+        return y
+
+    def _store(self, i: int, page: int) -> None:
+        rows = self.raw[:, i, :, slot(page) : slot(page) + PAGE]
+        for s, side in enumerate(self.sides[i]):
+            if self.used == self.pool[s].shape[0]:
+                self.pool[s] = _grown(self.pool[s])
+            self.pool[s][self.used] = kv_encode(rows[s], side.codec, side=side.side)
+        self.places[i].append(self.used)
+        self.used += 1
+        self._table = None
+
+    def part(self, offsets: Sequence[int], kept: Sequence[int]) -> None:
+        """Everything back to the sides."""
+        for i, both in enumerate(self.sides):
+            places = mx.array(self.places[i], mx.int32)
+            for raw, pool, side in zip(self.raw[:, i : i + 1], self.pool, both, strict=True):
+                pages = pool[places] if self.places[i] else pool[:0]
+                side.pages = mx.contiguous(pages.swapaxes(0, 1)[None])
+                side.take(raw, offsets[i], kept[i])
+
+
+def _grown(pool: mx.array) -> mx.array:
+    """Room for a quarter more, at least 8."""
+    room = max(8, pool.shape[0] // 4)
+    return mx.concatenate([pool, mx.zeros((room, *pool.shape[1:]), pool.dtype)])

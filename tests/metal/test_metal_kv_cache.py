@@ -94,16 +94,35 @@ def test_tokens_after_a_prompt(prompt):
 
 
 def test_a_batch_of_lengths():
-    x = [projections(n + 3, seed=n) for n in (5, 70, 200)]
-    with metal.installed():
-        batch = HadamoeKVCache.merge([fed(a, a.shape[1] - 3) for a in x])
+    """All sequences in the launches of one; each has the pages it would have alone, whoever comes
+    and goes."""
+    starts, steps = [5, 120, 188], 20
+    x = [projections(n + steps, seed=n) for n in starts]
+    expected = [want(a)[0] for a in x]
+    with metal.installed() as log:
+        batch = HadamoeKVCache.merge([fed(a, n) for a, n in zip(x, starts, strict=True)])
         assert batch.attends
-        for i in range(3):
-            token, proj = prepared(np.concatenate([a[:, a.shape[1] - 3 + i][:, None] for a in x]))
-            y = np.array(batch.attend(token, proj))
-            for row, a in zip(y, x, strict=True):
-                close(row, want(a)[0, a.shape[1] - 3 + i])
-        assert batch.offset.tolist() == [8, 73, 203]
+        rows = [0, 1, 2]
+
+        def step(i):
+            token, proj = prepared(np.concatenate([x[r][:, starts[r] + i][:, None] for r in rows]))
+            for y, r in zip(np.array(batch.attend(token, proj)), rows, strict=True):
+                close(y, expected[r][starts[r] + i])
+
+        for i in range(10):
+            del log[:]
+            step(i)
+            stored = sum((starts[r] + i + 1) % PAGE == 0 for r in rows)
+            assert len(log) == 3 + 2 * stored
+        assert batch.offset.tolist() == [15, 130, 198]
+        for i, r in enumerate(rows):
+            assert same(batch.extract(i), fed(x[r], starts[r] + 10))
+        batch.filter([2, 0])
+        batch.extend(HadamoeKVCache.merge([fed(x[1], starts[1] + 10)]))
+        rows = [2, 0, 1]
+        for i in range(10, steps):
+            step(i)
+        assert batch.nbytes == sum(fed(x[r], starts[r] + steps).nbytes for r in rows)
         batch.prepare(lengths=[1, 1, 0])
         assert not batch.attends  # a padded prompt
 
