@@ -26,12 +26,12 @@ METAL_FUNC void hadamard(const device T* x, const device float* gamma, const dev
 
 // The stages from SPAN on. Groups: (rows, SPAN / THREADS).
 template <int P, int BLOCK, int POSTS, int SPAN, int THREADS, class Y>
-METAL_FUNC void hadamard_join(const device float* x, const device float* post, device Y* y, Place at) {
+METAL_FUNC void hadamard_join(const device float* pieces, const device float* post, device Y* y, Place at) {
   constexpr int count = (P + SPAN - 1) / SPAN;
   const uint j = at.group.y * THREADS + at.index;
   const ulong row = ulong(at.group.x) * P;
   float v[count];
-  EACH(m, count) v[m] = j + SPAN * m < P ? x[row + j + SPAN * m] : 0.0f;
+  EACH(m, count) v[m] = j + SPAN * m < P ? pieces[row + j + SPAN * m] : 0.0f;
   far_stages<P, BLOCK, SPAN, count>(v, j);
   EACH(m, count) {
     const uint i = j + SPAN * m;

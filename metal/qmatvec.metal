@@ -18,7 +18,7 @@ struct Tokens {
     EACH(j, 8) v[j] = 0.0f;
     if (!WHOLE && i >= uint(ROTATED ? K : IN)) return;
     if (ROTATED && turned) return turned_eight(turned + t * padded(K), i, v);
-    load_eight<IN>(x + ulong(min(first + t, uint(COUNT - 1))) * IN, i, v);
+    load_eight<IN>(x + ulong(COUNT ? min(first + t, uint(COUNT - 1)) : first + t) * IN, i, v);
     if (!gamma) return;
     float g[8];
     load_eight<IN>(gamma, i, g);
@@ -56,7 +56,7 @@ struct PartRows {
         EACH(i, ROWS) {
           const uint n = r + i * step, token = x.first + t;
           const ulong to = ulong(token) * STRIDE + n;
-          if (lane % lanes == 0 && n < part.rows && token < uint(COUNT))
+          if (lane % lanes == 0 && n < part.rows && (!COUNT || token < uint(COUNT)))
             y[to] = Y((residual ? float(residual[to]) : 0.0f) + inverse * sums[i * TOKENS + t]);
         }
       }
@@ -66,7 +66,7 @@ struct PartRows {
 
 // y[t, a, n] = residual[t, a, n] + rotate(norm(x[t])) . W[expert[t, a]][n]
 //   IN: columns of x      K: of a rotated row   N: rows of an expert   PARTS: of an expert
-//   SLOTS: experts of a token, their numbers in `expert` (null: 0)     COUNT: tokens   TOKENS: of a threadgroup
+//   SLOTS: experts of a token, their numbers in `expert` (null: 0)     TOKENS: of a threadgroup   COUNT: of all, 0: a multiple
 //   ROWS: of a lane at once   HEIGHT: of a simdgroup, PASSES times   EPS: bits of the norm's   KINDS: of the parts
 // Groups: (blocks of rows, t / TOKENS * a). tokens.first is not set yet.
 template <int IN, int K, int N, int PARTS, int SLOTS, int COUNT, int TOKENS, int ROWS, int HEIGHT, int PASSES,

@@ -13,7 +13,8 @@ METAL_FUNC void qmatvec_rotated(const device T* x, const device float* gamma, co
                                 threadgroup float* partial, Place at) {
   const Tokens<IN, K, TOKENS, COUNT, T> tokens{x, gamma, turned};
   EACH(t, TOKENS) {
-    const ulong token = min(at.group.y / SLOTS * TOKENS + t, uint(COUNT - 1));
+    const uint n = at.group.y / SLOTS * TOKENS + t;
+    const ulong token = COUNT ? min(n, uint(COUNT - 1)) : n;
     rotate<IN, K, BLOCK, PRES, POSTS, K, THREADS>(x + token * IN, gamma, pre, post, turned + t * padded(K),
                                                gamma ? partial + t * (THREADS / 32) : nullptr, 0, at);
   }

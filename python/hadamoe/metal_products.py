@@ -1,6 +1,8 @@
-"""Launch plans of products: Hadamard rotation, a weight times a few tokens."""
+"""Launch plans of products: Hadamard rotation, rows as numbers, a weight times tokens."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from .metal_plan import THREADS, Launch, Output, float_bits, null
 from .metal_weight import ROTATED, MetalWeight
@@ -15,6 +17,15 @@ TOKENS = 8
 # What there is enough of to keep the largest GPU's 80 cores busy, more groups than that only repeat
 # the rotation of x.
 _GROUPS = 256
+
+
+class Step(NamedTuple):
+    """A launch, and the name under which later ones read its first output."""
+
+    launch: Launch
+    to: str
+
+
 #: The file of every table.
 _FILES = {0: "linear", 1: "linear", 2: "e2m1", 3: "e2m1", 4: "codebook", 5: "plain"}
 
@@ -48,15 +59,17 @@ def hadamard(
     pre: int,
     post: int,
     norm: float | None = None,
-) -> list[Launch]:
-    """`hadamoe.ops.hadamard` of ``[rows, columns]`` into ``y``, after an RMSNorm where wanted.
+    to: str = "y",
+) -> list[Step]:
+    """`hadamoe.ops.hadamard` of ``x``, ``[rows, columns]``, after an RMSNorm where wanted.
 
     Args:
         pre, post: how many signs there are, 0 for none; a multiple of 8, or one for every column.
         norm: eps of the norm, or None. Such rows are not longer than 4096.
+        to: name of the result.
 
     Returns:
-        One launch, or two for blocks longer than 4096: the first one's ``y`` is the second's ``x``.
+        One launch, or two for blocks longer than 4096.
     """
     wide = rotated_columns(columns, block)
     span = min(wide, SPAN)
@@ -80,24 +93,22 @@ def hadamard(
         (("float", shared_columns(span)), ("float", threads // 32 if norm is not None else 0)),
     )
     if not joined:
-        return [first]
+        return [Step(first, to)]
     constants = {"P": wide, "BLOCK": block or 0, "POSTS": post or 1, "SPAN": SPAN}
-    return [
-        first,
-        Launch(
-            "hadamard_join",
-            "hadamard",
-            constants | {"THREADS": THREADS},
-            {"x": None, "post": None if post else "float"},
-            (Output("y", (rows, wide), dtype),),
-            (rows, SPAN // THREADS, 1),
-            THREADS,
-        ),
-    ]
+    second = Launch(
+        "hadamard_join",
+        "hadamard",
+        constants | {"THREADS": THREADS},
+        {"pieces": None, "post": None if post else "float"},
+        (Output("y", (rows, wide), dtype),),
+        (rows, SPAN // THREADS, 1),
+        THREADS,
+    )
+    return [Step(first, "pieces"), Step(second, to)]
 
 
 def dequantize(count: int, w: MetalWeight, dtype: str) -> Launch:
-    """``count`` rows of a weight, by number, as numbers ``[count, k]``; its rotation is not undone."""
+    """``count`` rows of a weight as numbers ``[count, k]``; its rotation is not undone."""
     threads = 64
     constants = {
         "K": w.columns,
@@ -158,7 +169,7 @@ def qmatvec(
         "N": w.rows,
         "PARTS": w.parts.shape[1],
         "SLOTS": max(slots, 1),
-        "COUNT": tokens,
+        "COUNT": tokens if tokens % together else 0,
         "TOKENS": together,
         "ROWS": rows,
         "HEIGHT": height,
@@ -195,6 +206,68 @@ def qmatvec(
     )
 
 
+def qmatmul(
+    pairs: int,
+    w: MetalWeight,
+    dtype: str,
+    *,
+    slots: int = 0,
+    rotated: bool = False,
+    residual: bool = False,
+) -> Launch:
+    """One weight for a prompt, by tiles.
+
+    Inputs ``order`` and ``expert`` with ``slots``: places of the pairs ``[t * slots]`` and their
+    experts, ascending; ``count``: i32 ``[1]``, the number of pairs, or of tokens without slots.
+
+    Args:
+        pairs: of a token and an expert; tokens where there are no experts.
+        slots: experts of each token, 0 for a weight without experts.
+        rotated: parts that want it read x rotated from another array, ``rotated``; else x is.
+    """
+    most = 64 if pairs > 32 and not slots else 32  # pairs of a tile meet many experts
+    constants = {
+        "IN": w.in_features if rotated else w.columns,
+        "K": w.columns,
+        "N": w.rows,
+        "PARTS": w.parts.shape[1],
+        "SLOTS": max(slots, 1),
+        "MOST": most,
+    }
+    inputs = {
+        "x": None,
+        "rotated": None if rotated else "float",
+        "words": None,
+        "parts": None,
+        "order": None if slots else "int",
+        "expert": None if slots else "int",
+        "count": None,
+        "residual": None if residual else null(dtype),
+    }
+    shape = (pairs // slots, slots, w.rows) if slots else (pairs, w.rows)
+    blocks = max(sum(-(-int(n) // 32) for n in expert[:, 0]) for expert in w.parts)
+    return Launch(
+        "qmatmul",
+        "+".join([*table_files(w.kinds), "qmatmul"]),
+        constants | {f"KIND{i}": kind for i, kind in enumerate(w.kinds)},
+        inputs,
+        (Output("y", shape, dtype),),
+        (blocks, -(-pairs // most), 1),
+        128,
+        (("float", (most + 32) * 36),),
+    )
+
+
+def in_tiles(tokens: int, w: MetalWeight, slots: int) -> bool:
+    """Whether `qmatmul` is for these tokens, or `qmatvec`.
+
+    `qmatvec` reads the codes once for 8 tokens and is bound by memory up to there; MLX changes at
+    10 to 18. Pairs go through it one by one: a tile is better once it holds several pairs of one
+    expert. MLX asks for 4.
+    """
+    return tokens * slots >= 4 * w.experts if slots else tokens > TOKENS
+
+
 def product(
     tokens: int,
     w: MetalWeight,
@@ -204,22 +277,34 @@ def product(
     norm: float | None = None,
     rotate: bool = False,
     residual: bool = False,
-) -> list[Launch]:
+) -> list[Step]:
     """Launches of one weight for any number of tokens; arguments as in `qmatvec`.
 
-    Returns:
-        Each launch's first output is the next one's ``x``.
+    They read ``x``; the last one's output is ``y``. With `in_tiles` they need what `qmatmul` does.
     """
-    # else groups that rotate for themselves would read the codes for fewer tokens than they could
+    tiles = in_tiles(tokens, w, slots)
+    turned = [bool(k & ROTATED) for k in w.kinds]
+    # groups that rotate for themselves would read the codes for fewer tokens than they could
     inside = (tokens == 1 and w.columns <= SPAN) or min(tokens, TOKENS) <= _fit(w)
-    apart = rotate and not inside and all(k & ROTATED for k in w.kinds)
-    first: list[Launch] = []
+    steps: list[Step] = []
+    if norm is not None and tiles and not (rotate and all(turned)):
+        # H of one number: the norm alone
+        steps = hadamard(
+            tokens, w.in_features, "float32", block=1, pre=0, post=0, norm=norm, to="x"
+        )
+        norm = None
+    apart = rotate and (tiles or (not inside and all(turned)))
     if apart:
         r = w.rotation
         signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
-        first = hadamard(tokens, w.in_features, "float32", block=r.block, norm=norm, **signs)
-        norm, rotate = None, False
-    return [
-        *first,
-        qmatvec(tokens, w, dtype, slots=slots, norm=norm, rotate=rotate, residual=residual),
-    ]
+        to = "rotated" if tiles and not all(turned) else "x"
+        shape = (tokens, w.in_features, "float32")
+        steps += hadamard(*shape, block=r.block, norm=norm, to=to, **signs)
+        norm = None
+    options = {"slots": slots, "residual": residual}
+    if tiles:
+        rotated = apart and not all(turned)
+        last = qmatmul(tokens * max(slots, 1), w, dtype, rotated=rotated, **options)
+    else:
+        last = qmatvec(tokens, w, dtype, norm=norm, rotate=rotate and not apart, **options)
+    return [*steps, Step(last, "y")]

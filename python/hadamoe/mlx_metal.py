@@ -93,12 +93,12 @@ def run(launch: Launch, arrays: Mapping[str, mx.array]) -> list[mx.array]:
     )
 
 
-def run_all(launches: Sequence[Launch], arrays: Mapping[str, mx.array]) -> mx.array:
-    """The last launch's first output; each one's first output is the next one's ``x``."""
-    for launch in launches:
-        y = run(launch, arrays)[0]
-        arrays = {**arrays, "x": y}
-    return y
+def run_all(steps: Sequence[metal_products.Step], arrays: Mapping[str, mx.array]) -> mx.array:
+    """The last launch's first output."""
+    arrays = dict(arrays)
+    for launch, to in steps:
+        arrays[to] = run(launch, arrays)[0]
+    return arrays[to]
 
 
 def on_device(a: mx.array | None) -> mx.array | None:
@@ -134,15 +134,22 @@ def product(
     Returns:
         ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
     """
-    launches = metal_products.product(
-        x.shape[0],
+    tokens, slots = x.shape[0], 0 if expert is None else expert.shape[1]
+    steps = metal_products.product(
+        tokens,
         w.plan,
         dtype_name(x),
-        slots=0 if expert is None else expert.shape[1],
+        slots=slots,
         norm=None if norm is None else norm[1],
         rotate=w.plan.rotation is not None and not rotated,
         residual=residual is not None,
     )
     arrays = {"x": on_device(x), "words": w.words, "parts": w.parts, "pre": w.pre, "post": w.post}
     arrays |= {"gamma": norm and norm[0], "expert": expert, "residual": on_device(residual)}
-    return run_all(launches, arrays)
+    if metal_products.in_tiles(tokens, w.plan, slots):
+        arrays["count"] = mx.array([tokens * max(slots, 1)])
+        if expert is not None:
+            flat = expert.reshape(-1)
+            arrays["order"] = mx.argsort(flat)
+            arrays["expert"] = flat[arrays["order"]]
+    return run_all(steps, arrays)

@@ -122,7 +122,7 @@ def test_variants(inst, group, variant, rng):
         close(product(x, w), x, w)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
 @pytest.mark.parametrize("block", [128, None])
 def test_norm_and_rotation_on_the_way_in(block, tokens, rng):
     """Weights with and without a rotation, side by side; what the norm adds is in the bound."""
