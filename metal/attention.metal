@@ -30,7 +30,8 @@ METAL_FUNC void turn_head(thread float* v, const device float* norm, P freqs, fl
 
 // Queries as scores of coded pages take them: of our codecs whole numbers, of others floats, turned where keys are.
 template <int N, int CODED, int TURNED, int WORTH, int ROOT, class X>
-METAL_FUNC void code_query(thread float* v, const device float* signs, device X* x, device float* factors, uint row, uint lane) {
+METAL_FUNC void code_query(thread float* v, const device float* signs, device X* x, device float* factors, uint row,
+                           uint lane) {
   const float root = as_type<float>(ROOT);
   float factor = as_type<float>(WORTH) * root;
   if (CODED) {
@@ -61,7 +62,8 @@ METAL_FUNC void prepared(const device T* proj, const device float* q_norm, const
   float v[N];
   for (uint c = 0; c < N; c++) v[c] = float(from[32 * c]);
   if (head < H + KV)
-    turn_head<N, ROT, EPS, STRETCH>(v, head < H ? q_norm : k_norm, freqs, float(offsets[b] + int(i)), rows + at.simd * D, at.lane);
+    turn_head<N, ROT, EPS, STRETCH>(v, head < H ? q_norm : k_norm, freqs, float(offsets[b] + int(i)), rows + at.simd * D,
+                                    at.lane);
   if (head >= H) {
     const uint side = head >= H + KV, g = head - H - side * KV;
     device K* to = kv + (((ulong(side) * B + b) * KV + g) * t + i) * D + at.lane;

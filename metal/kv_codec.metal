@@ -20,7 +20,8 @@ constexpr int code_bits(int codec) {
 // Words of the codes of a page, where the scales begin; words of a page.
 constexpr uint code_words(int codec, uint d) { return PAGE * d * code_bits(codec) / 32; }
 constexpr uint page_words(int codec, uint d) {
-  return code_words(codec, d) + (is_ours(codec) ? 32 : is_turbo(codec) ? 64 : is_affine(codec) ? d : is_kivi(codec) ? 2 * d : 0);
+  const uint scales = is_ours(codec) ? 32 : is_turbo(codec) ? 64 : is_affine(codec) ? d : is_kivi(codec) ? 2 * d : 0;
+  return code_words(codec, d) + scales;
 }
 
 METAL_FUNC float bfloat_at(const device uint* scales, uint i) {

@@ -56,7 +56,8 @@ METAL_FUNC float number_at(const device uint* page, const device float* book, fl
 
 // Pages [p, bytes] to rows [p, 64, D]. SCALE: of fp8; ROOT: 1 / sqrt(D); both a float's bits.
 template <int CODEC, int VALUES, int PAGES, int D, int SCALE, int ROOT, int THREADS, class T>
-METAL_FUNC void kv_decode(const device uchar* pages, const device float* signs, const device float* book, device T* rows, Place at) {
+METAL_FUNC void kv_decode(const device uchar* pages, const device float* signs, const device float* book, device T* rows,
+                          Place at) {
   constexpr int N = D / 32;
   const uint unit = at.group.x * (THREADS / 32) + at.simd, p = unit / (PAGE / 4);
   if (p >= PAGES) return;

@@ -47,7 +47,8 @@ METAL_FUNC float encode_row(thread float* x, const thread float* signs, float ro
 // Pages [p, 64, D] to [p, bytes]. Values: a simdgroup has as many tokens as a word of their columns holds.
 template <int CODEC, int VALUES, int PAGES, int D, int ROOT, int THREADS, class T>
 METAL_FUNC void kv_encode(const device T* rows, const device float* signs, device uchar* pages, Place at) {
-  constexpr int BITS = code_bits(CODEC), N = D / 32, TOKENS = BITS == 3 ? 32 : 32 / BITS, WORDS = VALUES ? TOKENS * BITS / 32 : BITS;
+  constexpr int BITS = code_bits(CODEC), N = D / 32, TOKENS = BITS == 3 ? 32 : 32 / BITS;
+  constexpr int WORDS = VALUES ? TOKENS * BITS / 32 : BITS;
   const uint unit = at.group.x * (THREADS / 32) + at.simd, p = unit / (PAGE / TOKENS), first = unit % (PAGE / TOKENS) * TOKENS;
   if (p >= PAGES) return;
   device uint* page = (device uint*)pages + ulong(p) * page_words(CODEC, D);

@@ -83,7 +83,8 @@ METAL_FUNC void kv_join(const device Q* q, const device Raw* raw, const device f
     for (uint e = 0, c = at.index; c < D; e++, c += 256) coded[e] = fma(parts[part * D + c], by, coded[e]);
   }
   if (runs) uncode<D, EACH, ROOT, NOISE, TURNED>(coded, noise, signs, x, partial, at);
-  const float peak = max(most, own_sums.x), by = precise::exp(own_sums.x - peak), coded_by = runs ? precise::exp(most - peak) : 0.0f;
+  const float peak = max(most, own_sums.x), by = precise::exp(own_sums.x - peak);
+  const float coded_by = runs ? precise::exp(most - peak) : 0.0f;
   const float all = own_sums.y * by + total * coded_by;
   for (uint e = 0, c = at.index; c < D; e++, c += 256) {
     float sum = (o[e] * by + coded[e] * coded_by) / all;

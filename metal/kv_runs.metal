@@ -15,7 +15,8 @@ METAL_FUNC ulong page_at(B table, uint m, uint b, uint g, uint p) {
 }
 
 // x [b, KV, HEADS, D], factors [b, KV, HEADS]: queries (attention.metal); pages [b, KV, m, words] or, with a table,
-// [places, KV, words]; lengths: tokens of each sequence; dims: m, runs. Out: parts [b, KV, runs, HEADS, D], sums (most, total, noise, 0) alike.
+// [places, KV, words]; lengths: tokens of each sequence; dims: m, runs. Out: parts [b, KV, runs, HEADS, D], sums (most,
+// total, noise, 0) alike.
 // A group has R of HEADS query heads; runs are 8 pages, counted from page 0. EACH: columns of a thread. KEY, VALUE: 32 times
 // a codec's number plus the bits of a code; book: centroids of keys, then of values.
 template <int KEY, int VALUE, int KV, int HEADS, int R, int D, int SKIP, int KEY_WORDS, int VALUE_WORDS, int WORTH,
@@ -29,7 +30,8 @@ METAL_FUNC void kv_runs(const device X* x, F factors, const device uchar* key_pa
   const uint own = (lengths[b] - 1) / PAGE, run = 8 * at.group.x, p = run + at.simd;
   if (run >= own || own < 2) return;
   const bool seen = p > 0 && p < own;
-  const ulong mine = seen ? page_at<KV, SKIP>(table, dims[0], b, g, p) : 0, part = (ulong(seq) * dims[1] + at.group.x) * HEADS + head;
+  const ulong mine = seen ? page_at<KV, SKIP>(table, dims[0], b, g, p) : 0;
+  const ulong part = (ulong(seq) * dims[1] + at.group.x) * HEADS + head;
   const device uint* values = (const device uint*)value_pages;
 
   const uint first = seq * HEADS + head;

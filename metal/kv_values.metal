@@ -29,8 +29,8 @@ METAL_FUNC void weigh(const device uint* page, thread float4* scores, thread flo
 
 // sums += the page's values by their weights.
 template <int KIND, int D, int V>
-METAL_FUNC void page_values(const device uint* page, const device float*, const threadgroup float4* weights, const threadgroup float4* units,
-                            thread float4* sums, Place at) {
+METAL_FUNC void page_values(const device uint* page, const device float*, const threadgroup float4* weights,
+                            const threadgroup float4* units, thread float4* sums, Place at) {
   constexpr int BITS = KIND % 32;
   for (uint e = 0, c = at.index; c < D; e++, c += 256) {
     int4 whole[V];
