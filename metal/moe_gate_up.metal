@@ -1,7 +1,6 @@
 // First half of a mixture of experts: inner = silu(gate) * up of a token's experts and of the shared one.
 #include "moe_rows.metal"
 #include "moe_top.metal"
-#include "rotate.metal"
 
 namespace hm {
 
@@ -19,50 +18,43 @@ struct Staged {
   }
 };
 
-// inner[t, s, i] = silu(x[t] . gate[i]) * (x[t] . up[i]) of the s-th expert of token t; s = TOP_K: the shared one.
-//   logits [t, EXPERTS + 1]: the router's, then the shared gate's    parts: of EXPERTS + 1 experts, the shared one last
-//   IN: columns of x      K: of a rotated row     INNER, SHARED: rows of gate and of up of an expert, of the shared one
-//   TURNED, SHARED_TURNED: they read x rotated    BLOCK: of the rotation, -1 none   EPS: bits of the norm's
-//   HEIGHT: rows of a simdgroup                   KINDS: of the parts
-// groups: (blocks of rows, s, t)
-template <int IN, int K, int INNER, int SHARED, int TURNED, int SHARED_TURNED, int EXPERTS, int TOP_K, int PARTS,
-          int HEIGHT, int THREADS, int BLOCK, int PRES, int POSTS, int EPS, int... KINDS, class Logits>
-METAL_FUNC void moe_gate_up(const device float* all_x, const device float* gamma, const device float* pre,
-                            const device float* post, Logits logits, const device uint* words,
-                            const device uint* parts, device float* inner, threadgroup float* staged,
-                            threadgroup float* partial, threadgroup float* terms, Place at) {
+// The same for x as it is: times the norm's weights, its sum of squares in partial, simdgroup by simdgroup.
+template <int IN, int THREADS>
+METAL_FUNC void stage(const device float* x, const device float* gamma, threadgroup float* staged,
+                      threadgroup float* partial, Place at) {
+  float square = 0.0f, v[8], g[8];
+  for (uint i = 8 * at.index; i < IN; i += 8 * THREADS) {
+    load_eight<IN>(x, i, v);
+    EACH(j, 8) square = fma(v[j], v[j], square);
+    if (gamma) load_eight<IN>(gamma, i, g);
+    EACH(j, 8) staged[slot(i + j)] = gamma ? v[j] * g[j] : v[j];
+  }
+  square = simd_sum(square);
+  if (at.lane == 0) partial[at.simd] = square;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// What follows when x is staged.
+template <int IN, int K, int INNER, int SHARED, int EXPERTS, int TOP_K, int PARTS, int HEIGHT, int THREADS, int EPS,
+          int... KINDS, class Logits>
+METAL_FUNC void staged_gate_up(bool norm, Logits logits, const device uint* words, const device uint* parts,
+                               device float* inner, const threadgroup float* staged, const threadgroup float* partial,
+                               threadgroup float* terms, Place at) {
   constexpr uint width = ((INNER > SHARED ? INNER : SHARED) + 7) / 8 * 8, simds = THREADS / 32;
   const uint s = at.group.y, t = at.group.z, rows = s < TOP_K ? INNER : SHARED;
+  const uint first = (at.group.x * simds + at.simd) * HEIGHT;
+  if (first >= rows) return;
   uint expert = EXPERTS;
   if (s < TOP_K) {
     Ranking<EXPERTS> ranking;
     ranking.open(logits + t * (EXPERTS + 1), at.lane);
     for (uint i = 0; i <= s; i++) expert = ranking.next(at.lane);
   }
-  const device float* x = all_x + ulong(t) * IN;
-  if (s < TOP_K ? TURNED : SHARED_TURNED) {
-    if constexpr (BLOCK >= 0) rotate<IN, K, BLOCK, PRES, POSTS, K, THREADS>(x, gamma, pre, post, staged, partial, 0, at);
-  } else {
-    float square = 0.0f, v[8], g[8];
-    for (uint i = 8 * at.index; i < IN; i += 8 * THREADS) {
-      load_eight<IN>(x, i, v);
-      EACH(j, 8) square = fma(v[j], v[j], square);
-      if (gamma) load_eight<IN>(gamma, i, g);
-      EACH(j, 8) staged[slot(i + j)] = gamma ? v[j] * g[j] : v[j];
-    }
-    square = simd_sum(square);
-    if (at.lane == 0) partial[at.simd] = square;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  float inverse = 1.0f;
-  if (gamma) {
-    float square = 0.0f;
+  float inverse = 1.0f, square = 0.0f;
+  if (norm) {
     for (uint i = 0; i < simds; i++) square += partial[i];
     inverse = 1.0f / precise::sqrt(square / float(IN) + as_type<float>(EPS));
   }
-
-  const uint first = (at.group.x * simds + at.simd) * HEIGHT;
-  if (first >= rows) return;
   threadgroup float* gate = terms + at.simd * 2 * HEIGHT;
   PartRows<IN, K, HEIGHT, Staged<IN, K>> product{words, {staged}, inverse, gate, at.lane};
   for (uint side = 0; side < 2; side++, product.to += HEIGHT)
@@ -70,6 +62,21 @@ METAL_FUNC void moe_gate_up(const device float* all_x, const device float* gamma
   simdgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = at.lane; i < HEIGHT && first + i < rows; i += 32)
     inner[(ulong(t) * (TOP_K + 1) + s) * width + first + i] = gate[i] * sigmoid(gate[i]) * gate[HEIGHT + i];
+}
+
+// inner[t, s, i] = silu(x[t] . gate[i]) * (x[t] . up[i]) of the s-th expert of token t; s = TOP_K: the shared one.
+//   logits [t, EXPERTS + 1]: the router's, then the shared gate's    parts: of EXPERTS + 1 experts, the shared one last
+//   IN: columns of x      INNER, SHARED: rows of gate and of up of an expert, of the shared one
+//   HEIGHT: rows of a simdgroup      EPS: bits of the norm's         KINDS: of the parts
+// groups: (blocks of rows, s, t)
+template <int IN, int INNER, int SHARED, int EXPERTS, int TOP_K, int PARTS, int HEIGHT, int THREADS, int EPS,
+          int... KINDS, class Logits>
+METAL_FUNC void moe_gate_up(const device float* x, const device float* gamma, Logits logits, const device uint* words,
+                            const device uint* parts, device float* inner, threadgroup float* staged,
+                            threadgroup float* partial, threadgroup float* terms, Place at) {
+  stage<IN, THREADS>(x + ulong(at.group.z) * IN, gamma, staged, partial, at);
+  staged_gate_up<IN, IN, INNER, SHARED, EXPERTS, TOP_K, PARTS, HEIGHT, THREADS, EPS, KINDS...>(
+      gamma != nullptr, logits, words, parts, inner, staged, partial, terms, at);
 }
 
 }  // namespace hm

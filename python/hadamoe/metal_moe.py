@@ -20,28 +20,23 @@ _HEIGHT = 4  # rows of gate and of up that a simdgroup of `gate_up` has
 _ROWS = 16  # rows that a threadgroup of `down` has: 128 groups for 2,048
 
 
-def _constants(experts: MetalWeight, shared: MetalWeight, top_k: int) -> dict[str, int]:
-    return {"EXPERTS": experts.experts, "TOP_K": top_k, "PARTS": experts.parts.shape[1]}
-
-
-def _rotation(experts: MetalWeight, shared: MetalWeight) -> dict[str, int]:
+def _rotation(experts: MetalWeight, shared: MetalWeight) -> tuple[dict, dict]:
+    """Constants and inputs of a kernel that rotates; empty where neither weight wants that."""
     r = experts.rotation or shared.rotation
-    pre, post = (None, None) if r is None else (r.pre, r.post)
-    return {
-        "BLOCK": -1 if r is None else r.block or 0,
-        "PRES": 1 if pre is None else len(pre),
-        "POSTS": 1 if post is None else len(post),
-    }
-
-
-def _signs(experts: MetalWeight, shared: MetalWeight) -> dict[str, str | None]:
-    r = experts.rotation or shared.rotation
-    both = {"pre": r and r.pre, "post": r and r.post}
-    return {name: "float" if s is None else None for name, s in both.items()}
+    if r is None:
+        return {}, {}
+    signs = {"pre": r.pre, "post": r.post}
+    counts = {name.upper() + "S": 1 if s is None else len(s) for name, s in signs.items()}
+    inputs = {name: "float" if s is None else None for name, s in signs.items()}
+    return {"BLOCK": r.block or 0, **counts}, inputs
 
 
 def _kinds(weight: MetalWeight) -> dict[str, int]:
     return {f"KIND{i}": kind for i, kind in enumerate(weight.kinds)}
+
+
+def _file(weight: MetalWeight, name: str) -> str:
+    return "+".join([*table_files(weight.kinds), name])
 
 
 def gate_up(
@@ -57,6 +52,7 @@ def gate_up(
 
     Args:
         experts, shared: of `metal_weight.metal_experts`.
+        hidden: columns of x.
         norm: eps of the RMSNorm that x goes through first, or None.
     """
     inner, own = experts.rows // 2, shared.rows // 2
@@ -66,37 +62,34 @@ def gate_up(
     simds = min(_SIMDGROUPS, blocks)
     constants = {
         "IN": hidden,
-        "K": columns,
         "INNER": inner,
         "SHARED": own,
-        "TURNED": int(experts.rotation is not None),
-        "SHARED_TURNED": int(shared.rotation is not None),
-        **_constants(experts, shared, top_k),
+        "EXPERTS": experts.experts,
+        "TOP_K": top_k,
+        "PARTS": experts.parts.shape[1],
         "HEIGHT": _HEIGHT,
         "THREADS": 32 * simds,
-        **_rotation(experts, shared),
         "EPS": float_bits(norm or 0.0),
-        **_kinds(experts),
     }
-    inputs = {
-        "x": None,
-        "gamma": None if norm is not None else "float",
-        **_signs(experts, shared),
-        **dict.fromkeys(("logits", "words", "parts")),
-    }
+    turn, signs = _rotation(experts, shared)
+    if turn:
+        turned = {"TURNED": experts.rotation, "SHARED_TURNED": shared.rotation}
+        constants |= {"K": columns, **{n: int(r is not None) for n, r in turned.items()}, **turn}
+    name = "moe_gate_up_rotated" if turn else "moe_gate_up"
     return Launch(
-        "moe_gate_up",
-        "+".join([*table_files(experts.kinds), "moe_gate_up"]),
-        constants,
-        inputs,
+        name,
+        _file(experts, name),
+        constants | _kinds(experts),
+        {
+            "x": None,
+            "gamma": None if norm is not None else "float",
+            **signs,
+            **dict.fromkeys(("logits", "words", "parts")),
+        },
         (Output("inner", (tokens, top_k + 1, width), "float32"),),
         (-(-blocks // simds), top_k + 1, tokens),
         32 * simds,
-        (
-            ("float", shared_columns(columns)),
-            ("float", simds),
-            ("float", simds * 2 * _HEIGHT),
-        ),
+        (("float", shared_columns(columns)), ("float", simds), ("float", simds * 2 * _HEIGHT)),
     )
 
 
@@ -120,28 +113,29 @@ def down(
     constants = {
         "N": experts.rows,
         "IN": inner[0],
-        "K": experts.columns,
         "SHARED_IN": inner[1],
-        "SHARED_K": shared.columns,
-        **_constants(experts, shared, top_k),
+        "EXPERTS": experts.experts,
+        "TOP_K": top_k,
+        "PARTS": experts.parts.shape[1],
         "NORMALIZE": int(normalize),
         "HEIGHT": _ROWS,
         "OWN": own,
         "THREADS": 32 * simds,
-        **_rotation(experts, shared),
-        **_kinds(experts),
     }
-    inputs = {
-        **dict.fromkeys(("inner", "logits")),
-        **_signs(experts, shared),
-        **dict.fromkeys(("words", "parts")),
-        "residual": None if residual else "float",
-    }
+    turn, signs = _rotation(experts, shared)
+    if turn:
+        constants |= {"K": experts.columns, "SHARED_K": shared.columns, **turn}
+    name = "moe_down_rotated" if turn else "moe_down"
     return Launch(
-        "moe_down",
-        "+".join([*table_files(experts.kinds), "moe_down"]),
-        constants,
-        inputs,
+        name,
+        _file(experts, name),
+        constants | _kinds(experts),
+        {
+            "inner": None,
+            **signs,
+            **dict.fromkeys(("logits", "words", "parts")),
+            "residual": None if residual else "float",
+        },
         (Output("y", (tokens, experts.rows), "float32"),),
         (-(-experts.rows // _ROWS), tokens, 1),
         32 * simds,
@@ -187,7 +181,7 @@ def product(slots: int, experts: MetalWeight, each: int) -> Launch:
     }
     return Launch(
         "moe_experts",
-        "+".join([*table_files(experts.kinds), "moe_experts"]),
+        _file(experts, "moe_experts"),
         constants | _kinds(experts),
         dict.fromkeys(("x", "expert", "order", "dims", "words", "parts")),
         (Output("y", (slots, experts.rows), "float32"),),
