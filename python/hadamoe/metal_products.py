@@ -308,3 +308,37 @@ def product(
     else:
         last = qmatvec(tokens, w, dtype, norm=norm, rotate=rotate and not apart, **options)
     return [*steps, Step(last, "y")]
+
+
+#: Numbers of a row that one group looks through.
+_PIECE = 4096
+#: Largest numbers, at most, that `largest` finds one after the other.
+TOP = 64
+
+
+def largest(rows: int, columns: int, top: int) -> list[Launch]:
+    """The ``top`` largest numbers of each row of ``x``, f32 ``[rows, columns]``, in launches until
+    one group is left.
+
+    Each writes ``values`` f32 and ``index`` i32 ``[rows, pieces * top]``, which are the next one's
+    ``x`` and ``from``.
+    """
+    launches: list[Launch] = []
+    while not launches or columns > top:
+        pieces = -(-columns // _PIECE)
+        constants = {"N": columns, "PIECE": _PIECE, "TOP": top, "THREADS": THREADS}
+        shape = (rows, pieces * top)
+        launches.append(
+            Launch(
+                "largest",
+                "qmatmul_top",
+                constants,
+                {"x": None, "from": None if launches else "int"},
+                (Output("values", shape, "float32"), Output("index", shape, "int32")),
+                (pieces, rows, 1),
+                THREADS,
+                (("float", THREADS // 16), ("uint", THREADS // 16)),
+            )
+        )
+        columns = pieces * top
+    return launches

@@ -45,3 +45,30 @@ def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.arra
     flat = None if expert is None else _rows(expert).astype(mx.int32)
     y = product(_rows(x), resident(w), expert=flat, rotated=True)
     return y.reshape(*x.shape[:-1], *y.shape[1:])
+
+
+def _sorted(y: mx.array, top: int) -> tuple[mx.array, mx.array]:
+    """(values, index) of the largest of each row of f32 ``[t, n]``, through keys no two of which
+    are equal: bits that grow as numbers fall, then the place."""
+    y = mx.where(mx.isnan(y), -mx.inf, y)
+    bits = (y + 0.0).view(mx.uint32)  # -0 becomes 0
+    falling = mx.where(bits >> 31, bits, 0x7FFFFFFF - bits).astype(mx.uint64)
+    keys = falling << 32 | mx.arange(y.shape[-1], dtype=mx.uint64)
+    index = mx.sort(keys, -1)[:, :top].astype(mx.uint32).astype(mx.int32)
+    return mx.take_along_axis(y, index, -1), index
+
+
+def qmatmul_top(
+    x: mx.array, w: PackedWeight, top: int, norm: mx.array | None, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`hadamoe.ops.qmatmul_top`."""
+    flat = _rows(x).astype(mx.float32)
+    values = product(flat, resident(w), norm=None if norm is None else (norm, eps))
+    if top > metal_products.TOP:
+        values, index = _sorted(values, top)
+    else:
+        index = None
+        for launch in metal_products.largest(len(flat), w.rows, top):
+            values, index = run(launch, {"x": on_device(values), "from": index})
+    shape = (*x.shape[:-1], top)
+    return values.reshape(shape), index.reshape(shape)

@@ -105,10 +105,15 @@ def qmatmul_top(
     x: mx.array, norm: Any, signs: tuple, w: Any, top: int, block: int, eps: float
 ) -> tuple[mx.array, mx.array]:
     """`hadamoe.ops.qmatmul_top`."""
+
+    def metal() -> tuple[mx.array, mx.array]:
+        gamma = None if norm is None else mx.array(norm)
+        return mlx_metal_products.qmatmul_top(x, w, top, gamma, eps)
+
     rows = x.ndim - 1
     outputs = [Output(0, rows, (top,), t) for t in (mx.float32, mx.int32)]
     inputs = [x, norm, *signs, w.parts, *w.buffers]
-    value, index = call("qmatmul_top", inputs, [rows], outputs, ints=[block], floats=[eps])
+    value, index = call("qmatmul_top", inputs, [rows], outputs, (), [block], [eps], metal)
     return value, index
 
 
