@@ -38,11 +38,11 @@ struct ChosenRows {
   }
 };
 
-// y[slot, n] = W[expert[slot]][n] . x[slot / EACH_X] for all slots; x [.., K] as the experts want it.
+// y[slot, n] = W[expert[slot]][n] . x[slot / SLOTS], SLOTS to a token; x [.., K] as the experts want it.
 //   order: all slots, those of one expert side by side    dims: how many there are
 //   HEIGHT: rows of a simdgroup     TOKENS: slots of a threadgroup, each expert of theirs at a time
 // groups: (blocks of rows, slots / TOKENS)
-template <int K, int N, int EACH_X, int PARTS, int HEIGHT, int TOKENS, int THREADS, int... KINDS, class E, class O,
+template <int K, int N, int SLOTS, int PARTS, int HEIGHT, int TOKENS, int THREADS, int... KINDS, class E, class O,
           class D>
 METAL_FUNC void moe_experts(const device float* x, E expert, O order, D dims, const device uint* words,
                             const device uint* parts, device float* y, Place at) {
@@ -56,7 +56,7 @@ METAL_FUNC void moe_experts(const device float* x, E expert, O order, D dims, co
     product.words = words, product.lane = at.lane;
     EACH(t, TOKENS) {
       const ulong slot = order[min(begin + t, next - 1)];
-      product.x.x[t] = x + slot / EACH_X * K;
+      product.x.x[t] = x + slot / SLOTS * K;
       product.y[t] = begin + t < next ? y + slot * N + first : nullptr;
     }
     expert_rows<PARTS, HEIGHT, KINDS...>(parts + ulong(e) * (PARTS * 8), first, product);

@@ -159,21 +159,15 @@ def route(tokens: int, experts: int, top_k: int, *, normalize: bool) -> Launch:
     )
 
 
-def product(slots: int, experts: MetalWeight, each: int) -> Launch:
-    """``y[slot, n]``: rows of the slot's expert times x.
-
-    Args:
-        slots: how many: tokens times top_k.
-        each: slots that share a row of ``x [slots / each, columns]``, which has been through the
-            rotation where the experts have one.
-    """
+def product(tokens: int, slots: int, experts: MetalWeight) -> Launch:
+    """``y[t, slots, n]``: rows of a slot's expert times ``x [t, columns]``, rotated or not."""
     height = max(32 // min(lanes(experts.columns, kind) for kind in experts.kinds), 4)
     blocks = -(-experts.rows // height)
     simds = min(_SIMDGROUPS, blocks)
     constants = {
         "K": experts.columns,
         "N": experts.rows,
-        "EACH_X": each,
+        "SLOTS": slots,
         "PARTS": experts.parts.shape[1],
         "HEIGHT": height,
         "TOKENS": TOKENS,
@@ -184,7 +178,7 @@ def product(slots: int, experts: MetalWeight, each: int) -> Launch:
         _file(experts, "moe_experts"),
         constants | _kinds(experts),
         dict.fromkeys(("x", "expert", "order", "dims", "words", "parts")),
-        (Output("y", (slots, experts.rows), "float32"),),
-        (-(-blocks // simds), -(-slots // TOKENS), 1),
+        (Output("y", (tokens, slots, experts.rows), "float32"),),
+        (-(-blocks // simds), -(-tokens * slots // TOKENS), 1),
         32 * simds,
     )

@@ -7,10 +7,11 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
+import numpy as np
 
 from . import metal_moe
 from .errors import UnsupportedError
-from .metal_products import hadamard
+from .metal_products import hadamard, in_tiles
 from .metal_weight import MetalWeight, metal_experts
 from .mlx_metal import Resident, product, resident, run, run_all
 from .packed import PackedWeight
@@ -30,6 +31,7 @@ class Experts(NamedTuple):
     words: mx.array
     parts: mx.array
     signs: dict[str, mx.array]
+    alone: Resident  # without the shared expert
     own: Resident  # the shared expert by itself
 
 
@@ -40,11 +42,21 @@ def _experts(weight: PackedWeight, shared: PackedWeight) -> Experts:
     plan, own = metal_experts(weight, shared)
     words, parts = mx.array(plan.words), mx.concatenate([mx.array(w.parts) for w in (plan, own)])
     rotation = plan.rotation or own.rotation
-    both = {"pre": rotation and rotation.pre, "post": rotation and rotation.post}
-    signs = {name: mx.array(s) for name, s in both.items() if s is not None}
+    found = {"pre": rotation and rotation.pre, "post": rotation and rotation.post}
+    signs = {name: mx.array(s) for name, s in found.items() if s is not None}
     plan, own = (replace(w, words=w.words[:0]) for w in (plan, own))
-    alone = Resident(own, words, parts[plan.experts :], signs.get("pre"), signs.get("post"))
-    return Experts(plan, own, words, parts, signs, alone)
+    count = plan.experts
+    both = [
+        Resident(_by_itself(w), words, table, signs.get("pre"), signs.get("post"))
+        for w, table in ((plan, parts[:count]), (own, parts[count:]))
+    ]
+    return Experts(plan, own, words, parts, signs, *both)
+
+
+def _by_itself(weight: MetalWeight) -> MetalWeight:
+    """The weight with the kinds of its own parts alone."""
+    kinds = weight.parts[weight.parts[..., 0] > 0][:, 1]
+    return replace(weight, kinds=tuple(map(int, np.unique(kinds))))
 
 
 def _halves(moe: MoeWeights) -> tuple[Experts, Experts]:
@@ -91,16 +103,19 @@ def _swiglu(gate_up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-def _chosen(x: mx.array, half: Experts, expert: mx.array, order: mx.array, each: int) -> mx.array:
-    """Rows of every slot's expert times its x, a row of which ``each`` slots share."""
-    rotation = half.plan.rotation
-    if rotation is not None:
+def _chosen(x: mx.array, half: Experts, expert: mx.array) -> mx.array:
+    """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``."""
+    (tokens, slots), plan = expert.shape, half.plan
+    if in_tiles(tokens, plan, slots):
+        return product(x, half.alone, expert=expert)
+    r = plan.rotation
+    if r is not None:
         counts = {name: len(half.signs.get(name, ())) for name in ("pre", "post")}
-        sizes = counts | {"block": rotation.block}
-        x = run_all(hadamard(len(x), x.shape[1], "float32", **sizes), {"x": x, **half.signs})
-    arrays = {"x": x, "expert": expert, "order": order, "words": half.words, "parts": half.parts}
-    arrays["dims"] = mx.array([expert.size], mx.int32)
-    return run(metal_moe.product(expert.size, half.plan, each), arrays)[0]
+        steps = hadamard(tokens, x.shape[1], "float32", block=r.block, **counts)
+        x = run_all(steps, {"x": x, **half.signs})
+    arrays = {"x": x, "expert": expert, "order": mx.argsort(expert.reshape(-1))}
+    arrays |= {"dims": mx.array([expert.size], mx.int32), "words": half.words, "parts": half.parts}
+    return run(metal_moe.product(tokens, slots, half.alone.plan), arrays)[0]
 
 
 def _many(
@@ -117,9 +132,8 @@ def _many(
     logits = product(y, resident(moe.router, moe.shared_gate))
     launch = metal_moe.route(tokens, moe.gate_up.experts, top_k, normalize=normalize)
     expert, share = run(launch, {"logits": logits})
-    order = mx.argsort(expert.reshape(-1))
-    inner = _swiglu(_chosen(y, first, expert, order, top_k))
-    down = _chosen(inner, second, expert, order, 1).reshape(tokens, top_k, hidden)
+    inner = _swiglu(_chosen(y, first, expert)).reshape(tokens * top_k, -1)
+    down = _chosen(inner, second, expert.reshape(-1, 1)).reshape(tokens, top_k, hidden)
     own = product(_swiglu(product(y, first.own)), second.own)
     y = (share[:, :top_k, None] * down).sum(1) + share[:, top_k:] * own
     return y if norm is None else x + y

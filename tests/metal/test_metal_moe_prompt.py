@@ -24,6 +24,12 @@ def rng():
     return np.random.default_rng(9)
 
 
+@pytest.fixture
+def together(monkeypatch):
+    """As between a few tokens and so many that tiles are filled (`metal_products.in_tiles`)."""
+    monkeypatch.setattr(mlx_metal_moe, "in_tiles", lambda *_: False)
+
+
 def run(x: np.ndarray, moe: dict[str, Weight], top_k: int = 3, **options) -> np.ndarray:
     with metal.installed(**options):
         return np.array(ops.moe_decode(mx.array(x), ops.MoeWeights.of(**moe), top_k=top_k))
@@ -38,7 +44,7 @@ def tokens(rng, count: int, hidden: int = 256) -> np.ndarray:
 
 
 @pytest.mark.parametrize("inst", ops.instances(), ids=str)
-def test_exact(inst, monkeypatch):
+def test_exact(inst, together, monkeypatch):
     """19 tokens, every instance in down: no bit is wrong."""
     real = ops.moe_decode
 
@@ -51,8 +57,10 @@ def test_exact(inst, monkeypatch):
     claims.compare(prompt, prompt.run())
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_near_the_reference(name, rng):
+def test_near_the_reference(name, tiles, rng, monkeypatch):
+    monkeypatch.setattr(mlx_metal_moe, "in_tiles", lambda *_: tiles)
     moe, x = moe_weights.moe(rng, name), tokens(rng, mlx_metal_moe.FEW + 3)
     norm = rng.uniform(0.5, 1.5, 256).astype(np.float32)
     with metal.installed(check=True):
@@ -62,7 +70,7 @@ def test_near_the_reference(name, rng):
     assert distance(y, reference.moe_block(x, norm, moe, top_k=2)) > 1e-5
 
 
-def test_experts_of_two_widths_and_a_padded_inner_state(rng):
+def test_experts_of_two_widths_and_a_padded_inner_state(together, rng):
     moe, other = (moe_weights.moe(rng, "tq-apex2", inner=96) for _ in range(2))
     down = [
         moe_weights.matrix(rng, replace_bits(LAYERS["tq-apex2"].down, 3 + e % 2), 256, 128)
@@ -81,7 +89,7 @@ def replace_bits(stored: moe_weights.Stored, bits: int) -> moe_weights.Stored:
     return stored._replace(instance=stored.instance._replace(bits=bits))
 
 
-def test_codes_are_read_once_for_several_tokens(rng):
+def test_codes_are_read_once_for_several_tokens(together, rng):
     """A group has `TOKENS` slots in the order of their experts, and reads each expert once."""
     moe, x = moe_weights.moe(rng, "w4a16", experts=16), tokens(rng, 40)
     expert = np.sort(reference.moe_decode(x, moe, top_k=4)[1].reshape(-1))
@@ -98,14 +106,14 @@ def test_codes_are_read_once_for_several_tokens(rng):
 
 
 @pytest.mark.parametrize("name", ["config-i", "jangtq2"])
-def test_variants(name, rng):
+def test_variants(name, together, rng):
     moe, x = moe_weights.moe(rng, name), tokens(rng, 9)
     want = reference.moe_decode(x, moe, top_k=3)[0]
     for variant in metal.variants():
         assert distance(run(x, moe, **variant), want) < 3e-6
 
 
-def test_a_token_depends_on_nothing_else(rng):
+def test_a_token_depends_on_nothing_else(together, rng):
     """Nor do its bits on which others share its experts."""
     moe, x = moe_weights.moe(rng, "mxfp4"), tokens(rng, 30)
     want = run(x, moe)
@@ -115,7 +123,7 @@ def test_a_token_depends_on_nothing_else(rng):
         np.testing.assert_array_equal(run(x, moe, schedule=schedule), want)
 
 
-def test_a_token_that_is_no_number(rng):
+def test_a_token_that_is_no_number(together, rng):
     moe, x = moe_weights.moe(rng, "config-i"), tokens(rng, 12)
     want = run(x, moe)
     x[4, 9] = np.nan
