@@ -138,3 +138,41 @@ def null(dtype: str) -> str:
 def float_bits(value: float) -> int:
     """A float as an integer template argument."""
     return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+#: MSL's names of element types.
+_TYPES = {
+    "float32": "float",
+    "float16": "half",
+    "bfloat16": "bfloat",
+    "int64": "long",
+    "int32": "int",
+    "uint32": "uint",
+    "int8": "char",
+    "uint8": "uchar",
+    "bool": "bool",
+}
+_PLACE = {
+    "threadgroup_position_in_grid": "uint3",
+    "thread_index_in_threadgroup": "uint",
+    "simdgroup_index_in_threadgroup": "uint",
+    "thread_index_in_simdgroup": "uint",
+}
+
+
+def shader(launch: Launch, dtypes: tuple[str | None, ...]) -> str:
+    """A whole Metal source with the launch as its one kernel, for `torch.mps.compile_shader`.
+
+    Args:
+        dtypes: of the input arrays there are; None for a few integers in constant memory.
+    """
+    names = [*launch.present, *(out.name for out in launch.outputs)]
+    kinds = [f"const device {_TYPES[d]}" if d else "const constant int" for d in dtypes]
+    kinds += [f"device {_TYPES[out.dtype]}" for out in launch.outputs]
+    parameters = [
+        f"{kind}* {name} [[buffer({i})]]"
+        for i, (kind, name) in enumerate(zip(kinds, names, strict=True))
+    ]
+    parameters += [f"{kind} {name} [[{name}]]" for name, kind in _PLACE.items()]
+    head = f"[[kernel]] void {launch.name}(\n  " + ",\n  ".join(parameters) + ") {\n"
+    return f"#include <metal_stdlib>\n{source(launch.file)}{head}{launch.body}\n}}\n"

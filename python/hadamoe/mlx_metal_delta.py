@@ -2,59 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
-from . import metal_delta
-from .mlx_metal import dtype_name, product, resident, run
+from . import metal_calls
+from .mlx_metal import FRONT, product, resident
 from .roles import DeltaWeights
 
-
-def gated_delta(
-    proj: mx.array,
-    conv_weight: mx.array,
-    a_log: mx.array,
-    dt_bias: mx.array,
-    norm: mx.array,
-    conv_state: mx.array,
-    state: mx.array,
-    *,
-    heads: tuple[int, int],
-    head_dims: tuple[int, int],
-    eps: float = 1e-6,
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(y, conv_state, state) after the tokens of ``proj``; arguments as in `ops.gated_delta`.
-
-    Args:
-        mask: bool ``[b, t]``: False makes a token's projections 0; None for none.
-        lengths: i32 ``[b]``: tokens behind leave the states as they are, their y is 0.
-    """
-    b, t, _ = proj.shape
-    launch = metal_delta.gated_delta(
-        b,
-        t,
-        heads,
-        head_dims,
-        conv_weight.shape[-1],
-        dtype_name(proj),
-        eps=eps,
-        mask=mask is not None,
-        lengths=lengths is not None,
-    )
-    arrays = {
-        "proj": proj,
-        "conv_weight": conv_weight,
-        "a_log": a_log,
-        "dt_bias": dt_bias,
-        "norm": norm,
-        "conv_state": conv_state,
-        "state": state,
-        "mask": mask,
-        "lengths": lengths,
-        "dims": mx.array([t], mx.int32),
-    }
-    return tuple(run(launch, arrays))
+gated_delta = partial(metal_calls.gated_delta, FRONT)
 
 
 def gated_delta_block(

@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import metal_products
-from .mlx_metal import dtype_name, on_device, product, resident, run, run_all
-from .packed import PackedWeight, rotated_columns
+from . import metal_calls, metal_products
+from .mlx_metal import FRONT, product, resident, run
+from .packed import PackedWeight
 
 
 def _rows(x: mx.array) -> mx.array:
@@ -17,27 +17,12 @@ def _rows(x: mx.array) -> mx.array:
 
 def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
     """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
-    k = x.shape[-1]
-    wide = rotated_columns(k, block)
-    flat = _rows(x)
-    arrays, counts = {"x": on_device(flat)}, {}
-    for name, signs in (("pre", pre), ("post", post)):
-        counts[name] = 0 if signs is None else signs.shape[0]
-        if signs is not None and counts[name] % 8:
-            signs = mx.tile(mx.array(signs), wide // counts[name])
-            counts[name] = wide
-        arrays[name] = None if signs is None else on_device(mx.array(signs))
-    launches = metal_products.hadamard(len(flat), k, dtype_name(x), block=block, **counts)
-    return run_all(launches, arrays).reshape(*x.shape[:-1], wide)
+    return metal_calls.hadamard(FRONT, x, block=block, pre=pre, post=post)
 
 
 def dequantize(w: PackedWeight, rows: mx.array, *, dtype: mx.Dtype) -> mx.array:
-    """Rows ``[..., k]`` of `hadamoe.ops.dequantize`, their rotation not undone. A row that is not
-    there is the last one: indices stay on the device."""
-    here, name = resident(w), str(dtype).removeprefix("mlx.core.")
-    launch = metal_products.dequantize(rows.size, here.plan, name)
-    y = run(launch, {"index": rows.reshape(-1), "words": here.words, "parts": here.parts})[0]
-    return y.reshape(*rows.shape, w.columns)
+    """Rows ``[..., k]`` of `hadamoe.ops.dequantize`, their rotation not undone."""
+    return metal_calls.dequantize(FRONT, resident(w), rows, str(dtype).removeprefix("mlx.core."))
 
 
 def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.array:
@@ -69,6 +54,6 @@ def qmatmul_top(
     else:
         index = None
         for launch in metal_products.largest(len(flat), w.rows, top):
-            values, index = run(launch, {"x": on_device(values), "from": index})
+            values, index = run(launch, {"x": values, "from": index})
     shape = (*x.shape[:-1], top)
     return values.reshape(shape), index.reshape(shape)

@@ -276,10 +276,12 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
         """The layer's first half: GatedDeltaNet or Attention."""
         return self.linear_attn if self.linear else self.self_attn
 
-    def in_parts(self) -> bool:
-        """Under torch.compile, for attention other than sdpa, and where a part has hooks of its
-        own; transformers' recorders of outputs are no reason."""
-        if torch.compiler.is_compiling() or self.config._attn_implementation != "sdpa":
+    def in_parts(self, device: str = "cpu") -> bool:
+        """On a GPU, under torch.compile, for attention other than sdpa, and where a part has hooks
+        of its own; transformers' recorders of outputs are no reason."""
+        if device != "cpu" or torch.compiler.is_compiling():
+            return True
+        if self.config._attn_implementation != "sdpa":
             return True
         return any(
             part._forward_pre_hooks
@@ -305,7 +307,7 @@ class DecoderLayer(hf.Qwen3_5MoeDecoderLayer):
             pages = paged(past_key_values, attention.layer_idx, attention.kv_choice)
             if pages is not None:
                 pages.shared.mask = attention_mask
-        if hidden_states.dtype == torch.float32 and not self.in_parts():
+        if hidden_states.dtype == torch.float32 and not self.in_parts(hidden_states.device.type):
             x = self._mixed(
                 hidden_states.contiguous(), position_embeddings, attention_mask, past_key_values,
                 pages,

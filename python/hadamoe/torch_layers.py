@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import _cpu
+from . import _cpu, torch_mps  # noqa: F401  torch_mps registers its operators
 from .packed import PackedWeight, pack
 from .torch_ops import as_tensor, operators
 from .weight import Rotation, Weight, fuse_rows
@@ -29,22 +29,16 @@ class Stored(nn.Module):
     """Owns the part tables and the mapped buffers of the matrices one op call reads."""
 
     def store(self, **weights: PackedWeight) -> None:
-        """Registers the part tables by name, and the buffers all of them share."""
+        """Keeps the part tables by name, and the buffers all of them share. They are no buffers of
+        the module: whole files must not follow it to another device."""
         for name, w in weights.items():
-            self.register_buffer(name, as_tensor(w.parts), persistent=False)
-        shared = next(iter(weights.values())).buffers
-        for i, buffer in enumerate(shared):
-            self.register_buffer(f"buffer{i}", as_tensor(buffer), persistent=False)
-        self.n_buffers = len(shared)
+            setattr(self, name, as_tensor(w.parts))
+        self.buffers_ = [as_tensor(b) for b in next(iter(weights.values())).buffers]
 
     def keep(self, **vectors: np.ndarray | None) -> None:
         """Registers small f32 vectors (signs, norms, decays)."""
         for name, v in vectors.items():
             self.register_buffer(name, None if v is None else f32(v), persistent=False)
-
-    @property
-    def buffers_(self) -> list[Tensor]:
-        return [getattr(self, f"buffer{i}") for i in range(self.n_buffers)]
 
 
 class _Fused(Stored):

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
 
 from . import formats
-from .errors import ContractError, FormatError, UnsupportedError, reading
+from .errors import ContractError, DeviceError, FormatError, UnsupportedError, reading
 from .formats import ModelFiles, roles
 from .machine import no_collection
 from .packed import census
@@ -49,7 +49,7 @@ def load(
         path: directory in any of the formats `hadamoe.inspect` knows.
         dtype: of attention, its cache and the vision tower; None takes the config's (bfloat16 where
             it names none). All else is f32 between layers and in every sum.
-        device: "cpu".
+        device: "cpu", or "mps" for a Mac's GPU: weights are copied there when first used.
         rope: ``"yarn:4"`` for four times the context the model was trained for, or overrides
             merged into the text model's rope parameters, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
@@ -67,9 +67,9 @@ def load(
     Raises:
         FormatError: the files are not what their format promises.
         UnsupportedError: a device, framework or kernel instance this build has no code for.
-        DeviceError: resident weights need more memory than is available.
+        DeviceError: resident weights need more memory than is available, or no such device.
     """
-    check_device(device)
+    device = check_device(device, kv)
     with no_collection():
         files = formats.read(path)
         plain = (_plain(t) for t in files.vision.values() if t.array.ndim == 2)
@@ -83,7 +83,7 @@ def load(
             make_resident(files, vision=vision, progress=progress)
         model, tokenizer = _build(Path(path), files, config, dtype, vision, choice)
         model.kv_choice, model.kv_scales = choice, _kv_scales(files, config)
-        return model, tokenizer
+        return model.to(device), tokenizer
 
 
 def _build(
@@ -188,16 +188,21 @@ def from_pretrained(
     return model
 
 
-def check_device(device: str | torch.device) -> None:
-    """Raises unless load() has code for this device."""
+def check_device(device: str | torch.device, kv: str | Sequence[str] = "bf16") -> torch.device:
+    """The device, if load() has code for it here."""
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ContractError(f"load: device={device!r}, needs 'cpu'") from None
-    if kind != "cpu":
+        raise ContractError(f"load: device={device!r}, needs 'cpu' or 'mps'") from None
+    if found.type not in ("cpu", "mps"):
         raise UnsupportedError(
-            f"load: device={str(device)!r} has no kernels in this build, needs 'cpu'"
+            f"load: device={str(device)!r} has no kernels in this build, needs 'cpu' or 'mps'"
         )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("load: device='mps' is not there: it is a Mac's GPU")
+    if found.type == "mps" and kv != "bf16":
+        raise UnsupportedError(f"load: kv={kv!r} has no kernels for device='mps', needs 'bf16'")
+    return found
 
 
 def _dtype(dtype: torch.dtype | str | None, config) -> torch.dtype:

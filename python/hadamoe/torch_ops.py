@@ -19,15 +19,16 @@ from .errors import ContractError
 
 Tensor = torch.Tensor
 
-_lib = torch.library.Library("hadamoe", "DEF")
+#: The operators; `hadamoe.torch_mps` adds to them.
+library = torch.library.Library("hadamoe", "DEF")
 
 
 def _op(schema: str):
     """Registers the decorated function as the CPU meaning of ``schema``."""
 
     def register(fn):
-        _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _lib.impl(schema.partition("(")[0], fn, "CPU")
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(schema.partition("(")[0], fn, "CPU")
         return fn
 
     return register
@@ -35,7 +36,7 @@ def _op(schema: str):
 
 def _fake(name: str):
     """Registers the decorated function as the shapes and dtypes ``hadamoe::name`` returns."""
-    return torch.library.register_fake(f"hadamoe::{name}", lib=_lib)
+    return torch.library.register_fake(f"hadamoe::{name}", lib=library)
 
 
 def _padded(columns: int, block: int) -> int:

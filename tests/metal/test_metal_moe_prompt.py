@@ -11,7 +11,7 @@ import pytest
 from moe_weights import LAYERS
 from simt import metal
 
-from hadamoe import mlx_metal_moe, ops, reference
+from hadamoe import metal_calls, metal_products, ops, reference
 from hadamoe.metal_products import TOKENS
 from hadamoe.verify import cases, claims
 from hadamoe.weight import Weight, stack_experts
@@ -27,7 +27,7 @@ def rng():
 @pytest.fixture
 def together(monkeypatch):
     """As between a few tokens and so many that tiles are filled (`metal_products.in_tiles`)."""
-    monkeypatch.setattr(mlx_metal_moe, "in_tiles", lambda *_: False)
+    monkeypatch.setattr(metal_products, "in_tiles", lambda *_: False)
 
 
 def run(x: np.ndarray, moe: dict[str, Weight], top_k: int = 3, **options) -> np.ndarray:
@@ -60,8 +60,8 @@ def test_exact(inst, together, monkeypatch):
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_near_the_reference(name, tiles, rng, monkeypatch):
-    monkeypatch.setattr(mlx_metal_moe, "in_tiles", lambda *_: tiles)
-    moe, x = moe_weights.moe(rng, name), tokens(rng, mlx_metal_moe.FEW + 3)
+    monkeypatch.setattr(metal_products, "in_tiles", lambda *_: tiles)
+    moe, x = moe_weights.moe(rng, name), tokens(rng, metal_calls.FEW + 3)
     norm = rng.uniform(0.5, 1.5, 256).astype(np.float32)
     with metal.installed(check=True):
         weights = ops.MoeWeights.of(**moe)
@@ -134,5 +134,5 @@ def test_a_token_that_is_no_number(together, rng):
 
 def test_longer_than_a_piece(rng):
     moe = moe_weights.moe(rng, "w4a16", hidden=64, inner=32)
-    x = tokens(rng, mlx_metal_moe.MANY + 3, 64)
+    x = tokens(rng, metal_calls.MANY + 3, 64)
     assert distance(run(x, moe, 2), reference.moe_decode(x, moe, top_k=2)[0]) < 3e-6

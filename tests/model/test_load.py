@@ -154,8 +154,8 @@ def test_missing_instances_are_listed_in_one_error(checkpoint, monkeypatch):
     ("options", "kind", "text"),
     [
         ({"device": "cuda"}, UnsupportedError, "load: device='cuda' has no kernels in this build"),
-        ({"device": None}, ContractError, "load: device=None, needs 'cpu'"),
-        ({"device": "toaster"}, ContractError, "load: device='toaster', needs 'cpu'"),
+        ({"device": None}, ContractError, "load: device=None, needs 'cpu' or 'mps'"),
+        ({"device": "toaster"}, ContractError, "load: device='toaster', needs 'cpu' or 'mps'"),
         (
             {"framework": "jax"},
             UnsupportedError,

@@ -1,0 +1,312 @@
+"""Ops as sequences of Metal launches, the same for every front end.
+
+A `Front` is what a framework brings: arrays in its GPU's memory and a way to run a launch
+(`hadamoe.mlx_metal`, `hadamoe.torch_mps`). Arrays here are the framework's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from . import metal_delta, metal_moe, metal_products
+from .errors import UnsupportedError
+from .metal_plan import Launch
+from .metal_weight import MetalWeight, metal_experts, metal_weight
+from .packed import PackedWeight, rotated_columns
+from .roles import MoeWeights
+from .weight import Rotation
+
+#: Tokens, at most, that do not wait for one another's experts.
+FEW = 8
+#: Tokens at once of a prompt: what their experts leave takes 70 KB each.
+MANY = 512
+
+
+class Front(NamedTuple):
+    """A framework with a Metal device.
+
+    Attributes:
+        array: a numpy array in the device's memory.
+        run: the outputs of a launch over named input arrays; lists of integers are int32.
+        argsort, sigmoid: of an array.
+        concatenate: arrays along their first axis.
+        rms_norm: of x, gamma and eps, along the last axis.
+    """
+
+    array: Callable[[np.ndarray], Any]
+    run: Callable[[Launch, Mapping[str, Any]], list[Any]]
+    argsort: Callable[[Any], Any]
+    sigmoid: Callable[[Any], Any]
+    concatenate: Callable[[list[Any]], Any]
+    rms_norm: Callable[[Any, Any, float], Any]
+
+
+class Resident(NamedTuple):
+    """A weight in a device's memory.
+
+    Attributes:
+        plan: what launch plans need to know of it.
+        arrays: inputs of launches: words, parts, and pre and post, its rotation's signs or None.
+    """
+
+    plan: MetalWeight
+    arrays: dict[str, Any]
+
+
+class Experts(NamedTuple):
+    """The experts' weight and the shared one's, in the same words.
+
+    Attributes:
+        plan, shared: theirs (`metal_weight.metal_experts`).
+        arrays: as a `Resident`'s; the shared expert is the table's last.
+        routed, own: each by itself.
+    """
+
+    plan: MetalWeight
+    shared: MetalWeight
+    arrays: dict[str, Any]
+    routed: Resident
+    own: Resident
+
+
+_made: WeakKeyDictionary[PackedWeight, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+def _once(front: Front, make: Callable[..., Any], *weights: PackedWeight) -> Any:
+    """make(front, *weights), kept while the weights live: what packs them keeps them together."""
+    made = _made.setdefault(weights[0], {})
+    key = front, make, *map(id, weights)
+    if key not in made:
+        made[key] = make(front, *weights)
+    return made[key]
+
+
+def _arrays(front: Front, words: Any, parts: Any, rotation: Rotation | None) -> dict[str, Any]:
+    signs = {"pre": rotation and rotation.pre, "post": rotation and rotation.post}
+    arrays = {"words": words, "parts": parts, **signs}
+    return {name: None if a is None else front.array(a) for name, a in arrays.items()}
+
+
+def _side_by_side(front: Front, *weights: PackedWeight) -> Resident:
+    w = metal_weight(*weights)
+    return Resident(replace(w, words=w.words[:0]), _arrays(front, w.words, w.parts, w.rotation))
+
+
+def _experts(front: Front, weight: PackedWeight, shared: PackedWeight) -> Experts:
+    plan, own = metal_experts(weight, shared)
+    parts = np.concatenate([plan.parts, own.parts])
+    arrays = _arrays(front, plan.words, parts, plan.rotation or own.rotation)
+    plan, own = (replace(w, words=w.words[:0]) for w in (plan, own))
+    tables = arrays["parts"][: plan.experts], arrays["parts"][plan.experts :]
+    alone = []
+    for w, table in zip((plan, own), tables, strict=True):
+        kinds = np.unique(w.parts[w.parts[..., 0] > 0][:, 1])  # of its own parts only
+        plan_alone = replace(w, kinds=tuple(map(int, kinds)))
+        alone.append(Resident(plan_alone, arrays | {"parts": table}))
+    return Experts(plan, own, arrays, *alone)
+
+
+def resident(front: Front, *weights: PackedWeight) -> Resident:
+    """Weights side by side (`metal_weight`) in the device's memory; made once while they live."""
+    return _once(front, _side_by_side, *weights)
+
+
+def dtype_name(a: Any) -> str:
+    """An array's dtype as numpy names it."""
+    return str(a.dtype).rpartition(".")[2]
+
+
+def product(
+    front: Front,
+    x: Any,
+    w: Resident,
+    *,
+    norm: tuple[Any, float] | None = None,
+    expert: Any = None,
+    residual: Any = None,
+    rotated: bool = False,
+) -> Any:
+    """``residual + rotate(rmsnorm(x)) @ W^T``, for any number of tokens.
+
+    Args:
+        x: ``[t, k]``; k is the weight's in_features, or its columns where ``rotated``.
+        norm: (f32 ``[k]``, eps), or None.
+        expert: i32 ``[t, a]``, or None.
+        residual: of the result's shape, or None.
+        rotated: x has been through the weight's rotation.
+
+    Returns:
+        ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
+    """
+    tokens, slots = x.shape[0], 0 if expert is None else expert.shape[1]
+    steps = metal_products.product(
+        tokens,
+        w.plan,
+        dtype_name(x),
+        slots=slots,
+        norm=None if norm is None else norm[1],
+        rotate=w.plan.rotation is not None and not rotated,
+        residual=residual is not None,
+    )
+    arrays = w.arrays | {"gamma": norm and norm[0], "expert": expert, "residual": residual}
+    if metal_products.in_tiles(tokens, w.plan, slots):
+        arrays["count"] = [tokens * max(slots, 1)]
+        if expert is not None:
+            flat = expert.reshape(-1)
+            arrays["order"] = front.argsort(flat)
+            arrays["expert"] = flat[arrays["order"]]
+    return run_all(front, steps, arrays | {"x": x})
+
+
+def run_all(front: Front, steps: Sequence[metal_products.Step], arrays: Mapping[str, Any]) -> Any:
+    """The last launch's first output."""
+    arrays = dict(arrays)
+    for launch, to in steps:
+        arrays[to] = front.run(launch, arrays)[0]
+    return arrays[to]
+
+
+def hadamard(front: Front, x: Any, *, block: int | None, pre: Any, post: Any) -> Any:
+    """`ops.hadamard` of x ``[..., k]``; pre and post are numpy's or the framework's."""
+    k = x.shape[-1]
+    wide = rotated_columns(k, block)
+    arrays: dict[str, Any] = {"x": x.reshape(-1, k)}
+    counts = {}
+    for name, signs in (("pre", pre), ("post", post)):
+        if signs is not None and len(signs) % 8:  # kernels read whole pieces of them
+            signs = np.tile(np.array(signs), wide // len(signs))
+        counts[name] = 0 if signs is None else len(signs)
+        arrays[name] = front.array(signs) if isinstance(signs, np.ndarray) else signs
+    rows = arrays["x"].shape[0]
+    steps = metal_products.hadamard(rows, k, dtype_name(x), block=block, **counts)
+    return run_all(front, steps, arrays).reshape(*x.shape[:-1], wide)
+
+
+def dequantize(front: Front, w: Resident, rows: Any, dtype: str) -> Any:
+    """Rows ``[..., k]`` of `ops.dequantize`, their rotation not undone. A row that is not there is
+    the last one: indices stay on the device."""
+    flat = rows.reshape(-1)
+    launch = metal_products.dequantize(flat.shape[0], w.plan, dtype)
+    y = front.run(launch, w.arrays | {"index": flat})[0]
+    return y.reshape(*rows.shape, w.plan.columns)
+
+
+def gated_delta(
+    front: Front,
+    *arrays: Any,
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    eps: float,
+    mask: Any = None,
+    lengths: Any = None,
+) -> list[Any]:
+    """[y, conv_state, state] after the tokens of proj ``[b, t, ...]``.
+
+    Args:
+        arrays: proj, conv_weight, a_log, dt_bias, norm, conv_state, state, as in
+            `ops.gated_delta`; states are left as they are.
+        mask: bool ``[b, t]``: False makes a token's projections 0; None for none.
+        lengths: i32 ``[b]``: tokens behind leave the states as they are, their y is 0.
+    """
+    proj, conv_weight = arrays[:2]
+    launch = metal_delta.gated_delta(
+        *proj.shape[:2],
+        heads,
+        head_dims,
+        conv_weight.shape[-1],
+        dtype_name(proj),
+        eps=eps,
+        mask=mask is not None,
+        lengths=lengths is not None,
+    )
+    named = dict(zip(launch.inputs, arrays, strict=False))
+    return front.run(launch, named | {"mask": mask, "lengths": lengths, "dims": [proj.shape[1]]})
+
+
+def moe(
+    front: Front,
+    x: Any,
+    weights: MoeWeights,
+    *,
+    top_k: int,
+    normalize: bool,
+    norm: tuple[Any, float] | None = None,
+) -> Any:
+    """A mixture of experts of f32 ``[..., hidden]``: `ops.moe_decode`, with a norm `ops.moe_block`.
+
+    Raises:
+        UnsupportedError: more experts a token than a launch can find.
+    """
+    if top_k > metal_moe.MOST:
+        raise UnsupportedError(f"moe_decode: top_k is {top_k}, on Metal {metal_moe.MOST} at most")
+    flat = x.reshape(-1, x.shape[-1])
+    if not len(flat):
+        return x
+    options = {"top_k": top_k, "normalize": normalize, "norm": norm}
+    if len(flat) <= FEW:
+        return _few(front, flat, weights, **options).reshape(x.shape)
+    pieces = [flat[i : i + MANY] for i in range(0, len(flat), MANY)]
+    ys = [_many(front, piece, weights, **options) for piece in pieces]
+    return front.concatenate(ys).reshape(x.shape)
+
+
+def _few(
+    front: Front, x: Any, weights: MoeWeights, *, top_k: int, normalize: bool, norm: Any
+) -> Any:
+    """x ``[t, hidden]`` through three launches."""
+    tokens, hidden = x.shape
+    gate_up = _once(front, _experts, weights.gate_up, weights.shared_gate_up)
+    down = _once(front, _experts, weights.down, weights.shared_down)
+    logits = product(front, x, resident(front, weights.router, weights.shared_gate), norm=norm)
+    eps = None if norm is None else norm[1]
+    launch = metal_moe.gate_up(tokens, gate_up.plan, gate_up.shared, top_k, hidden, norm=eps)
+    arrays = gate_up.arrays | {"x": x, "gamma": norm and norm[0], "logits": logits}
+    (inner,) = front.run(launch, arrays)
+    sizes = weights.inner_size("down"), weights.inner_size("shared_down")
+    options = {"normalize": normalize, "residual": norm is not None}
+    launch = metal_moe.down(tokens, down.plan, down.shared, top_k, sizes, **options)
+    arrays = down.arrays | {"inner": inner, "logits": logits, "residual": x}
+    return front.run(launch, arrays)[0]
+
+
+def _many(
+    front: Front, x: Any, weights: MoeWeights, *, top_k: int, normalize: bool, norm: Any
+) -> Any:
+    """As `_few`: tokens in the order of their experts, whose codes are read for several at once."""
+    gate_up = _once(front, _experts, weights.gate_up, weights.shared_gate_up)
+    down = _once(front, _experts, weights.down, weights.shared_down)
+    tokens, hidden = x.shape
+    y = x if norm is None else front.rms_norm(x, *norm)
+    logits = product(front, y, resident(front, weights.router, weights.shared_gate))
+    launch = metal_moe.route(tokens, weights.gate_up.experts, top_k, normalize=normalize)
+    expert, share = front.run(launch, {"logits": logits})
+
+    def swiglu(both: Any) -> Any:
+        middle = both.shape[-1] // 2
+        gate, up = both[..., :middle], both[..., middle:]
+        return gate * front.sigmoid(gate) * up
+
+    inner = swiglu(_chosen(front, y, gate_up, expert)).reshape(tokens * top_k, -1)
+    routed = _chosen(front, inner, down, expert.reshape(-1, 1)).reshape(tokens, top_k, hidden)
+    own = product(front, swiglu(product(front, y, gate_up.own)), down.own)
+    y = (share[:, :top_k, None] * routed).sum(1) + share[:, top_k:] * own
+    return y if norm is None else x + y
+
+
+def _chosen(front: Front, x: Any, w: Experts, expert: Any) -> Any:
+    """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``."""
+    tokens, slots = expert.shape
+    if metal_products.in_tiles(tokens, w.plan, slots):
+        return product(front, x, w.routed, expert=expert)
+    r = w.plan.rotation
+    if r is not None:
+        x = hadamard(front, x, block=r.block, pre=w.arrays["pre"], post=w.arrays["post"])
+    order = front.argsort(expert.reshape(-1))
+    arrays = {"x": x, "expert": expert, "order": order, "dims": [tokens * slots]}
+    launch = metal_moe.product(tokens, slots, w.routed.plan)
+    return front.run(launch, w.arrays | arrays)[0]
