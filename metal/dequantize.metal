@@ -1,6 +1,6 @@
 // Rows of a weight as numbers, a threadgroup for each. Meaning: reference.dequantize, bit for bit: scale * number and
 // the sum with the bias are rounded one after the other.
-#include "rows.metal"
+#include "weight.metal"
 
 #pragma METAL fp contract(off)
 

@@ -4,7 +4,7 @@
 // tokens: thread (g, c) keeps VEC columns from VEC c on of the rows g, g + G, ... so that 128 columns are
 // read and written 512 bytes at a time. Sums over rows are joined in threadgroup memory, in one order:
 // a prompt in one call and its tokens one by one give the same bits.
-#include "place.metal"
+#include "group_sum.metal"
 
 namespace hm {
 

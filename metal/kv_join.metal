@@ -1,6 +1,7 @@
 // The end of attention of one token: runs of coded pages joined in order, what codes add to their sum taken out (Wiener),
 // rotation undone; page 0 and the token's own page as they came; the gate. A group has a query head.
 // Meaning: kv_ops.kv_attend.
+#include "group_sum.metal"
 #include "kv_page.metal"
 
 namespace hm {

@@ -1,7 +1,7 @@
 // y = x W^T for a prompt: tiles of tokens times rows by simdgroup matrices, codes decoded on the way into threadgroup
 // memory, all in f32. Tokens may be (token, expert) pairs in the order of their experts: a tile then goes through the
 // experts that meet in it, one after the other.
-#include "rows.metal"
+#include "weight.metal"
 
 namespace hm {
 

@@ -4,35 +4,35 @@
 
 namespace hm {
 
-// What rows are multiplied with: x, times the norm's weights where there are any, or x rotated.
+// What rows are multiplied with: x, times the norm's weights where there are any.
 template <int IN, int K, int TOKENS, int COUNT, class T>
 struct Tokens {
   const device T* x;
   const device float* gamma;
-  const threadgroup float* turned;  // TOKENS times STRIDE, or null: rotated but for 1 / rms
-  uint first;                       // token
-  float square[TOKENS];             // the sum of the numbers of x this lane has been asked for, squared
+  uint first;            // token
+  float square[TOKENS];  // the sum of the numbers of x this lane has been asked for, squared
 
   template <bool ROTATED, bool WHOLE>
   METAL_FUNC void eight(int t, uint i, thread float* v) {
     EACH(j, 8) v[j] = 0.0f;
     if (!WHOLE && i >= uint(ROTATED ? K : IN)) return;
-    if (ROTATED && turned) return turned_eight(turned + t * padded(K), i, v);
     load_eight<IN>(x + ulong(COUNT ? min(first + t, uint(COUNT - 1)) : first + t) * IN, i, v);
     if (!gamma) return;
     float g[8];
     load_eight<IN>(gamma, i, g);
     EACH(j, 8) square[t] = fma(v[j], v[j], square[t]), v[j] *= g[j];
   }
+  // The sum of x squared, where a row's LANES have been asked for all of it.
+  template <bool ROTATED, int LANES>
+  METAL_FUNC float whole_square(int t) { return lanes_sum<LANES>(square[t]); }
 };
 
 // A part's rows `row` .. `row` + HEIGHT - 1, by one simdgroup.
-template <int IN, int K, int STRIDE, int ROWS, int TOKENS, int COUNT, int HEIGHT, int SIMDS, int EPS, class T, class Y>
+template <int IN, int K, int STRIDE, int ROWS, int TOKENS, int COUNT, int HEIGHT, int EPS, class X, class Y>
 struct PartRows {
   const device uint* words;
   Part part;
-  Tokens<IN, K, TOKENS, COUNT, T> tokens;
-  const threadgroup float* partial;
+  X tokens;
   const device Y* residual;
   device Y* y;  // of the part's first row; STRIDE from token to token
   uint row, lane;
@@ -43,14 +43,13 @@ struct PartRows {
     constexpr int k = rotated ? K : IN, lanes = lanes_of(k, Kind<KIND>::columns), step = 32 / lanes;
     for (uint r = row + lane / lanes; r < row + HEIGHT; r += ROWS * step) {
       float sums[ROWS * TOKENS];
-      Tokens<IN, K, TOKENS, COUNT, T> x = tokens;
+      X x = tokens;
       EACH(t, TOKENS) x.square[t] = 0.0f;
       rows<KIND, k, ROWS, TOKENS>(words, part, r, x, sums, lane);
       EACH(t, TOKENS) {
         float inverse = 1.0f;
         if (x.gamma) {
-          float square = lanes_sum<lanes>(x.square[t]);
-          for (int s = 0; rotated && s < SIMDS; s++) square += partial[t * SIMDS + s];
+          const float square = x.template whole_square<rotated, lanes>(t);
           inverse = 1.0f / precise::sqrt(square / float(IN) + as_type<float>(EPS));
         }
         EACH(i, ROWS) {
@@ -70,10 +69,9 @@ struct PartRows {
 //   ROWS: of a lane at once   HEIGHT: of a simdgroup, PASSES times   EPS: bits of the norm's   KINDS: of the parts
 // Groups: (blocks of rows, t / TOKENS * a). tokens.first is not set yet.
 template <int IN, int K, int N, int PARTS, int SLOTS, int COUNT, int TOKENS, int ROWS, int HEIGHT, int PASSES,
-          int THREADS, int EPS, int... KINDS, class T, class E, class Y>
-METAL_FUNC void products(Tokens<IN, K, TOKENS, COUNT, T> tokens, const threadgroup float* partial,
-                         const device uint* words, const device uint* parts, E expert, const device Y* residual,
-                         device Y* y, Place at) {
+          int THREADS, int EPS, int... KINDS, class X, class E, class Y>
+METAL_FUNC void products(X tokens, const device uint* words, const device uint* parts, E expert,
+                         const device Y* residual, device Y* y, Place at) {
   const uint slot = at.group.y % SLOTS;
   tokens.first = at.group.y / SLOTS * TOKENS;
   const device uint* table = parts + (expert ? ulong(expert[tokens.first * SLOTS + slot]) * PARTS * 8 : 0);
@@ -85,8 +83,8 @@ METAL_FUNC void products(Tokens<IN, K, TOKENS, COUNT, T> tokens, const threadgro
       block -= blocks, begin += count;
     }
     if (p == PARTS) return;
-    PartRows<IN, K, SLOTS * N, ROWS, TOKENS, COUNT, HEIGHT, THREADS / 32, EPS, T, Y> product{
-        words, part_at(table, p), tokens, partial, residual ? residual + begin : nullptr, y + begin, block * HEIGHT, at.lane};
+    PartRows<IN, K, SLOTS * N, ROWS, TOKENS, COUNT, HEIGHT, EPS, X, Y> product{
+        words, part_at(table, p), tokens, residual ? residual + begin : nullptr, y + begin, block * HEIGHT, at.lane};
     with_kind<KINDS...>(product.part.kind, product);
   }
 }
@@ -96,9 +94,9 @@ template <int IN, int K, int N, int PARTS, int SLOTS, int COUNT, int TOKENS, int
           int THREADS, int EPS, int... KINDS, class T, class E, class Y>
 METAL_FUNC void qmatvec(const device T* x, const device float* gamma, const device uint* words, const device uint* parts,
                         E expert, const device Y* residual, device Y* y, Place at) {
-  const Tokens<IN, K, TOKENS, COUNT, T> tokens{x, gamma, nullptr};
+  const Tokens<IN, K, TOKENS, COUNT, T> tokens{x, gamma};
   products<IN, K, N, PARTS, SLOTS, COUNT, TOKENS, ROWS, HEIGHT, PASSES, THREADS, EPS, KINDS...>(
-      tokens, nullptr, words, parts, expert, residual, y, at);
+      tokens, words, parts, expert, residual, y, at);
 }
 
 }  // namespace hm

@@ -1,6 +1,6 @@
 // The Hadamard rotation of one row by one threadgroup: 8 numbers a lane, 256 a simdgroup without a barrier.
 // Stages run by distance 1, 2, 4, ..., each a sum or a difference: the bits of reference.hadamard.
-#include "weight.metal"
+#include "eight.metal"
 
 namespace hm {
 

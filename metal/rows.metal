@@ -97,15 +97,4 @@ METAL_FUNC void rows(const device uint* words, Part part, uint row, thread X& x,
   }
 }
 
-// f.run<KIND>() for the kind there is, which is one of KINDS.
-template <int KIND0, int... KINDS, class F>
-METAL_FUNC void with_kind(uint kind, thread F& f) {
-  if constexpr (sizeof...(KINDS) == 0) {
-    f.template run<KIND0>();
-  } else {
-    if (kind == uint(KIND0)) f.template run<KIND0>();
-    else with_kind<KINDS...>(kind, f);
-  }
-}
-
 }  // namespace hm

@@ -110,11 +110,13 @@ def source(stem: str) -> str:
 def short(text: str) -> str:
     """The same program in fewer characters: MLX hashes a kernel's text each time it is launched.
 
-    Spaces that nothing needs go, and a word that is written often becomes a macro of two letters.
-    Lines stay, so that a compiler's messages still lead to their place.
+    Spaces and lines of braces go, and a word that is written often becomes a macro of two letters.
+    Statements keep lines of their own, so that a compiler's messages still lead to their place.
     """
     text = re.sub(r"\}\s*namespace hm \{", "", re.sub(r"\n\s+", "\n", text)).strip() + "\n"
     text = re.sub(r" ?([=*/<>(){},;:?&|^%!+-]+) ?", r"\1", text)
+    text = re.sub(r"^([^#\n].*\{)\n(?!#)", r"\1", text, flags=re.M)
+    text = re.sub(r"^([^#\n].*)(?:\n(\}+;?))+(?=\n)", _joined, text, flags=re.M)
     code = re.findall(r"^[^#].*", text, re.M)
     counts = Counter(w for line in code for w in re.findall(r"[A-Za-z_]\w{3,}", line))
     names = (a + b for a in ascii_uppercase for b in digits if a + b not in text)
@@ -128,6 +130,10 @@ def short(text: str) -> str:
         r"^[^#].*", lambda line: words.sub(lambda m: macros[m[1]], line[0]), text, flags=re.M
     )
     return "".join(f"#define {name} {word}\n" for word, name in macros.items()) + text
+
+
+def _joined(lines: re.Match[str]) -> str:
+    return lines[0].replace("\n", "")
 
 
 def null(dtype: str) -> str:
