@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from . import metal_calls
 from .metal_calls import Front
-from .metal_plan import Launch, source
+from .metal_plan import Launch, Output, source
 
 _DTYPES = {
     n: getattr(mx, n)
@@ -25,14 +25,17 @@ def available() -> bool:
 
 @cache
 def _kernel(
-    name: str, file: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    kernel: str, file: str, constants: tuple, inputs: tuple, outputs: tuple, shared: tuple
 ) -> Any:
+    """The kernel of every launch that has these in common: its text is made once."""
+    names = [Output(name, (), "") for name in outputs]
+    one = Launch(kernel, file, dict(constants), dict(inputs), (*names,), (1, 1, 1), 1, shared)
     return mx.fast.metal_kernel(
-        name=name,
-        input_names=list(inputs),
+        name=one.name,
+        input_names=one.present,
         output_names=list(outputs),
         header=source(file),
-        source=body,
+        source=one.body,
     )
 
 
@@ -42,14 +45,20 @@ def run(launch: Launch, arrays: Mapping[str, mx.array | Sequence[int]]) -> list[
     Args:
         arrays: every input that is not absent, by name; integers are handed over as int32.
     """
-    names = tuple(out.name for out in launch.outputs)
-    present = tuple(launch.present)
-    kernel = _kernel(launch.name, launch.file, launch.body, present, names)
+    outputs, inputs = launch.outputs, launch.inputs
+    kernel = _kernel(
+        launch.kernel,
+        launch.file,
+        tuple(launch.constants.items()),
+        tuple(inputs.items()),
+        tuple([out.name for out in outputs]),
+        launch.shared,
+    )
     x, y, z = launch.groups
     return kernel(
-        inputs=[_argument(arrays[name]) for name in present],
-        output_shapes=[out.shape for out in launch.outputs],
-        output_dtypes=[_DTYPES[out.dtype] for out in launch.outputs],
+        inputs=[_argument(arrays[name]) for name, absent in inputs.items() if not absent],
+        output_shapes=[out.shape for out in outputs],
+        output_dtypes=[_DTYPES[out.dtype] for out in outputs],
         grid=(x * launch.threads, y, z),
         threadgroup=(launch.threads, 1, 1),
     )
