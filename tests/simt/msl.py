@@ -37,6 +37,7 @@ LANGUAGE = [
     *("-Xclang", "-cl-single-precision-constant"),
     *("-Wall", "-Wno-unknown-attributes", "-Wno-unused", "-Wno-unknown-pragmas"),
     *("-Wno-pass-failed", "-Wno-duplicate-decl-specifier", "-Wno-unused-command-line-argument"),
+    "-Wimplicit-float-conversion",  # refused() reads it
     *("-fno-caret-diagnostics", "-I", str(INCLUDE / "msl")),
     # Fused multiply-add in hardware: the rounding Apple's compiler asks for.
     *(["-march=x86-64-v3"] if platform.machine() == "x86_64" else []),
@@ -99,13 +100,20 @@ def explain(messages: str, source: str) -> str:
         if ": error:" not in message and ": note:" not in message:
             continue
         shown.append(message)
-        place = re.match(rf"{re.escape(SOURCE_NAME)}:(\d+):", message)
+        place = re.match(r"kernel\.(?:metal|cu):(\d+):", message)
         if place:
             line = int(place[1])
             origin = origins.origin(line)
             text = f"{origin} | {origin.text}" if origin else f"{line} | {origins.text(line)}"
             shown.append(f"    {text}")
     return "\n".join(shown[:60]) or messages[:2000]
+
+
+def refused(messages: str) -> str:
+    """Those of clang's warnings that are errors in Metal: a float becomes a bfloat unasked."""
+    start = rf"^{re.escape(SOURCE_NAME)}:\d+:\d+: "
+    found = re.findall(rf"{start}warning: implicit conversion.* to '.*__bf16.*", messages, re.M)
+    return "\n".join(m.replace("warning: ", "error: not in Metal: ") for m in found)
 
 
 def argument(k: int, param: Param) -> str:
@@ -149,6 +157,8 @@ def _build(text: str, flags: Sequence[str], source: str, target: Path) -> None:
     unit.unlink()
     if done.returncode:
         raise CompileError("the kernel does not compile:\n" + explain(errors[0], source))
+    if refused(done.stderr):
+        raise CompileError("the kernel does not compile:\n" + explain(refused(done.stderr), source))
     done = toolchain.run([*toolchain.link_command(), str(obj), "-o", str(target)])
     obj.unlink()
     if done.returncode:

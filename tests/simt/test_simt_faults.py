@@ -211,6 +211,9 @@ def test_a_finding_names_its_thread_and_its_memory():
         ("double d = in[i]; out[i] = d;", "double"),
         ("threadgroup float s[4]; device float* p = s; out[i] = p[0];", "cannot initialize"),
         ("out[i] = unknown(in[i]);", "undeclared identifier 'unknown'"),
+        ("bfloat b = in[i]; out[i] = float(b);", "not in Metal: implicit conversion"),
+        ("out[i] = max(in[i], 0);", "call to deleted function 'max'"),
+        ("out[i] = clamp(in[i], 0, 1);", "call to deleted function 'clamp'"),
     ],
 )
 def test_what_metal_refuses_is_refused_with_its_line(body, message):

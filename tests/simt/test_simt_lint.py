@@ -32,7 +32,7 @@ BROKEN = {
         "threadgroup float s[2] = {0}; s[n & 1u] = in[i]; out[i] = s[0];",
         "threadgroup variable with an initialiser",
     ),
-    "max of two types": ("out[i] = max(in[i], 0);", "kernel.metal:5"),
+    "max of two types": ("out[i] = max(in[i], 0);", "call to deleted function 'max'"),
     "a lambda": ("auto f = [&](float x) { return x; }; out[i] = f(in[i]);", "lambda"),
     "goto": ("if (n) goto end; out[i] = in[i]; end: return;", "no goto"),
 }

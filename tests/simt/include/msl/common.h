@@ -23,21 +23,16 @@ METAL_FUNC constexpr T max(T a, T b) {
   else return a < b ? b : a;
 }
 
-// Numbers of two types take the usual conversions here; Metal finds most such calls ambiguous, and so
-// does lint.py (SIMT_STRICT).
-#ifndef SIMT_STRICT
-template <class A, class B> struct simt_common { using type = decltype(A() + B()); };
+// Numbers of two types are ambiguous in Metal, but for a bfloat beside a float.
 #define SIMT_MIXED(NAME)                                                                       \
   template <class A, class B,                                                                  \
             class = enable_if_t<!is_same_v<A, B> && is_arithmetic_v<A> && is_arithmetic_v<B>>> \
-  METAL_FUNC constexpr auto NAME(A a, B b) {                                                   \
-    using C = typename simt_common<A, B>::type;                                                \
-    return NAME<C>((C)a, (C)b);                                                                \
-  }
+  auto NAME(A a, B b) = delete;                                                                \
+  METAL_FUNC float NAME(float a, bfloat b) { return NAME(a, (float)b); }                       \
+  METAL_FUNC float NAME(bfloat a, float b) { return NAME((float)a, b); }
 SIMT_MIXED(min)
 SIMT_MIXED(max)
 #undef SIMT_MIXED
-#endif
 
 #define SIMT_BROADCAST(NAME)                                                                   \
   template <class T, int N>                                                                    \
@@ -62,10 +57,12 @@ METAL_FUNC T median3(T a, T b, T c) {
 }
 template <class T> METAL_FUNC T clamp(T x, T low, T high) { return min(max(x, low), high); }
 template <class T, class A, class B,
-          class = enable_if_t<is_arithmetic_v<elem_t<T>> && is_arithmetic_v<A> &&
+          class = enable_if_t<is_arithmetic_v<T> && is_arithmetic_v<A> &&
                               !(is_same_v<T, A> && is_same_v<T, B>)>>
-METAL_FUNC T clamp(T x, A low, B high) {
-  return min(max(x, (T)low), (T)high);
+T clamp(T x, A low, B high) = delete;
+template <class T, int N>
+METAL_FUNC vec<T, N> clamp(vec<T, N> x, T low, T high) {
+  return min(max(x, low), high);
 }
 template <class T> METAL_FUNC T saturate(T x) { return clamp(x, (T)0, (T)1); }
 template <class T, class W> METAL_FUNC T mix(T a, T b, W w) { return a + (b - a) * w; }
