@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from . import toolchain
@@ -52,7 +52,7 @@ def lint(source: str, name: str | None = None) -> list[Issue]:
     text = preprocess(source, includes, (), preamble)
     unit = rewrite(text)
     issues = [Issue(SOURCE_NAME, message) for message in unit.lint]
-    issues += _token_rules(text)
+    issues += word_rules(own_lines(text))
     issues += _buffer_rules(unit)
     names = [*unit.kernels, *unit.instances]
     whole, _ = translation_unit(unit, unit.instances.get(name or names[-1], name or names[-1]))
@@ -77,9 +77,10 @@ def own_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _token_rules(text: str) -> Iterator[Issue]:
-    for number, line in own_lines(text):
-        where = f"{SOURCE_NAME}:{number}"
+def word_rules(lines: Iterable[tuple[int, str]], file: str = SOURCE_NAME) -> Iterator[Issue]:
+    """The rules that need no compiler, for (number, text) of lines; comments are passed over."""
+    for number, line in lines:
+        where = f"{file}:{number}"
         for token in tokenize(line):
             if token in WORDS:
                 yield Issue(where, WORDS[token])
