@@ -1,5 +1,5 @@
 // moe_down for experts that read their inner state rotated: every simdgroup turns it in its registers.
-#include "moe_down.metal"
+#include "moe_weighted.metal"
 
 namespace hm {
 

@@ -1,5 +1,5 @@
 // moe_gate_up for experts that read x rotated: every threadgroup rotates it for itself.
-#include "moe_gate_up.metal"
+#include "moe_staged.metal"
 #include "rotate.metal"
 
 namespace hm {

@@ -1,5 +1,5 @@
 // The experts of many tokens: expert[t, TOP_K] and share[t, TOP_K + 1], the last the shared expert's.
-#include "moe_top.metal"
+#include "moe_choice.metal"
 
 namespace hm {
 
