@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .errors import UnsupportedError
 from .metal_plan import THREADS, Launch, Output, float_bits, null
 from .metal_weight import ROTATED, MetalWeight
 from .packed import rotated_columns
@@ -65,13 +66,18 @@ def hadamard(
 
     Args:
         pre, post: how many signs there are, 0 for none; a multiple of 8, or one for every column.
-        norm: eps of the norm, or None. Such rows are not longer than 4096.
+        norm: eps of the norm, or None.
         to: name of the result.
 
     Returns:
         One launch, or two for blocks longer than 4096.
+
+    Raises:
+        UnsupportedError: a norm of rows longer than 4096.
     """
     wide = rotated_columns(columns, block)
+    if norm is not None and wide > SPAN:
+        raise UnsupportedError(f"hadamard: a norm of {wide} columns, on Metal {SPAN} at most")
     span = min(wide, SPAN)
     threads = min(THREADS, max(32, span // 8 // 32 * 32))
     joined = (block or 1 << wide.bit_length() - 1) > SPAN

@@ -10,6 +10,7 @@ import pytest
 
 from hadamoe import Rotation, metal_plan
 from hadamoe import metal_products as plans
+from hadamoe.errors import UnsupportedError
 from hadamoe.metal_weight import ROTATED, MetalWeight
 
 SIGNS = np.ones(128, np.float32)
@@ -59,6 +60,12 @@ def test_products(name, rows, columns, tokens):
         # a rotation inside is 3 KB more, less than another launch costs
         assert text(launch) < (11776 if launch.kernel == "qmatvec_rotated" else 8192)
     assert len(steps) == (1 if tokens == 1 else 1 + (name in TURNED or (tokens > 8 and bool(norm))))
+
+
+def test_a_norm_of_long_rows_is_refused():
+    w = weight(TURNED["tq4"], (64,), 8192)
+    with pytest.raises(UnsupportedError, match="a norm of 8192 columns, on Metal 4096 at most"):
+        plans.product(1, w, "float32", norm=1e-6, rotate=True)
 
 
 @pytest.mark.parametrize("name", [*KINDS, *TURNED])
