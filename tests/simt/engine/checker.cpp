@@ -189,6 +189,7 @@ void access(const char* p, size_t n, bool write, bool atomic, uint64_t pc) {
   const Lane* lane = tls.cur;
   if (!lane || !checking || (lane->flags & UNCHECKED) || !n) return;
   Worker& w = *worker;
+  w.last_pc = pc;
   const char* own_stack = w.stacks + lane->lin * STACK;
   if (p >= own_stack && p < own_stack + STACK) return;
   Region* r = find_region(w, p);

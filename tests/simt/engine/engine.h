@@ -89,6 +89,7 @@ struct Worker {
   uint64_t n_switch = 0, n_coll = 0, n_bar = 0;
   Region threadgroup{};
   Region* last_region = nullptr;
+  uint64_t last_pc = 0;  // of the last load or store (checker only)
   std::vector<std::string> variable_names;
   std::vector<size_t> variable_starts;   // of the same variables, in the arena
   std::vector<std::vector<char>> slots;  // of simt_lane_slot

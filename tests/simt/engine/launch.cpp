@@ -55,21 +55,18 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
   give_up();
 }
 
-Dl_info symbol_at(const void* address) {
-  Dl_info info = {};
-  dladdr(address, &info);
-  return info;
+const void* library_of(const void* address) {
+  Dl_info info;
+  return dladdr(address, &info) ? info.dli_fbase : nullptr;
 }
 
 // Only between instructions of the kernel itself: the engine may hold a lock. The timer comes again.
-thread_local int stubs = 0;
 void on_time(int, siginfo_t*, void* context) {
   uint64_t pc = instruction((const ucontext_t*)context);
-  if (!armed || !tls.cur) return;
-  Dl_info here = symbol_at((void*)pc);
-  if (here.dli_fbase != symbol_at((void*)worker->body).dli_fbase) return;
-  if (!here.dli_sname && stubs++ < 100) return;  // on its way to the engine: no source line
-  report("endless", fmt("still runs after %u seconds", worker->d->seconds), {nullptr, 0, pc + 1});
+  if (!armed || !tls.cur || library_of((void*)pc) != library_of((void*)worker->body)) return;
+  // The last load or store, if known: here may be a stub on the way to the engine, without a line.
+  uint64_t at = worker->last_pc ? worker->last_pc : pc + 1;
+  report("endless", fmt("still runs after %u seconds", worker->d->seconds), {nullptr, 0, at});
   give_up();
 }
 
@@ -95,7 +92,6 @@ struct Timer {
   timer_t timer;
   bool made = false;
   explicit Timer(uint32_t seconds) {
-    stubs = 0;
     if (!seconds) return;
     struct sigevent event = {};
     event.sigev_notify = SIGEV_THREAD_ID, event.sigev_signo = SIGVTALRM;
