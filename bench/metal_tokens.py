@@ -34,6 +34,8 @@ VIEWS = {
     "View",
 }  # fmt: skip
 LAYERS, BUILT = 40, 4
+#: Fewer than the model's 256, which changes neither launches nor what they move beside weights.
+EXPERTS = 16
 FORMATS = ["config-i", "jangtq2", "mxfp4", "tq-apex2", "w4a16"]
 #: Formats that mlx-lm reads itself.
 STOCK = ("config-i", "mxfp4")
@@ -98,7 +100,11 @@ def count(step: Callable[[mx.array], list[mx.array]]) -> Count:
     weights = {name for name, a in stored if a.ndim < 3 or a.shape[0] != 1}
     total = Count(0, 0)
     for r in records:
-        if r["type"] != "primitive" or r["name"] in VIEWS:
+        if r["type"] != "primitive":
+            continue
+        if r["name"] in VIEWS:
+            if r["inputs"][0][0] in weights:
+                weights |= {out[0] for out in r["outputs"]}
             continue
         inputs = {i[0]: i for i in r["inputs"] if i[0] not in weights}.values()
         moved = sum(map(size, r["outputs"])) + sum(map(size, inputs))
@@ -154,14 +160,18 @@ def state_shapes(mixer: Any) -> list[tuple[tuple[int, ...], mx.Dtype]]:
     return [window, ((1, 32, 128, 128), mx.float32)]
 
 
-def weight_bytes(directory: Path) -> float:
-    """Bytes of weights a token reads from the full model, from a checkpoint of `BUILT` layers."""
-    from hadamoe import inspect
+def weight_bytes(name: str) -> float:
+    """Bytes of weights that a token reads from the full model in a format."""
+    from hadamoe import synth
+    from hadamoe.synth.shape import Matrix, text_model
 
-    rows = inspect.describe(directory).rows
-    outside = sum(r.token_bytes for r in rows if r.role in ("embeddings", "head"))
-    inside = sum(r.token_bytes for r in rows) - outside
-    return outside + inside * LAYERS / BUILT
+    shape, total = synth.PRESETS["full"], 0.0
+    for p in text_model(shape):
+        stored = sum(t.nbytes for t in synth.FORMATS[name].table(p, shape))
+        if isinstance(p, Matrix) and p.routed:
+            stored *= shape.top_k / shape.experts
+        total += stored / shape.vocab if p.path == "embed_tokens" else stored
+    return total
 
 
 def measure(whose: str, directory: Path, context: int) -> Count:
@@ -203,12 +213,11 @@ def table(formats: list[str], context: int) -> list[str]:
     head = f"{'format':10}{'whose':8}{'launches':>9}{'weights GB':>12}{'others MB':>11}{machines}"
     lines = [head]
     for name in formats:
+        weights = weight_bytes(name)
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder, name)
-            synth.plan(name, replace(synth.PRESETS["full"], layers=BUILT), mtp=False).write(
-                directory
-            )
-            weights = weight_bytes(directory)
+            shape = replace(synth.PRESETS["full"], layers=BUILT, experts=EXPERTS)
+            synth.plan(name, shape, mtp=False).write(directory)
             for whose in ("ours", "stock") if name in STOCK else ("ours",):
                 n = measured(whose, directory, context)
                 times = (1e3 * (weights + n.nbytes) / (rate * 1e9) for rate in MACHINES.values())

@@ -124,14 +124,14 @@ def prepare(
         sizes, t, rot, *names, eps=None if norms is None else eps, stretch=stretch
     )
     arrays = dict(zip(("q_norm", "k_norm"), norms or (), strict=False))
-    arrays |= {"proj": proj, "freqs": freqs, "dims": mx.array([t], mx.int32)}
+    arrays |= {"proj": proj, "freqs": freqs, "dims": [t]}
     arrays |= {"offsets": _per_sequence(offset, b), "signs": _signs("key", head_dim)}
     return Prepared(*run(launch, arrays))
 
 
-def _per_sequence(number: int | mx.array, batch: int) -> mx.array:
+def _per_sequence(number: int | mx.array, batch: int) -> list[int] | mx.array:
     if isinstance(number, int):
-        return mx.array([number] * batch, mx.int32)
+        return [number] * batch
     return mx.broadcast_to(number.astype(mx.int32).reshape(-1), (batch,))
 
 
@@ -169,7 +169,7 @@ def attend(
     heads = metal_kv.Heads(b, h, raw.shape[2], d, form, scales)
     m = pages[0].shape[2] if table is None else table.shape[1]
     count = -(-(m + skip) // 8) if m else 0
-    arrays = {"lengths": _per_sequence(length, b), "dims": mx.array([m, count], mx.int32)}
+    arrays = {"lengths": _per_sequence(length, b), "dims": [m, count]}
     if count:
         x = dict(zip(("key_pages", "value_pages"), pages, strict=True))
         x |= {"x": tokens.x, "factors": tokens.factors, "book": _books(form, d)}

@@ -135,7 +135,8 @@ def moe_block(
 
     def metal() -> mx.array:
         sizes = {"top_k": ints[0], "normalize": bool(ints[1]), "eps": eps}
-        return mlx_metal_moe.moe_block(x, mx.array(norm), moe, **sizes)
+        gamma = norm if isinstance(norm, mx.array) else mx.array(norm)
+        return mlx_metal_moe.moe_block(x, gamma, moe, **sizes)
 
     rest = [norm, *signs, *tables, *moe.buffers]
     return _rowwise("moe_block", x, x.shape[-1], rest, ints, [eps], metal)
