@@ -31,8 +31,18 @@ def mac(monkeypatch):
     return module
 
 
+@pytest.fixture
+def unimported(monkeypatch):
+    """mlx-lm makes kernels of its model when that is imported; here, not before the simulator."""
+    models = importlib.import_module("mlx_lm.models")
+    for leaf in ("gated_delta", "qwen3_next", "qwen3_5", "qwen3_5_moe"):
+        if hasattr(models, leaf):
+            monkeypatch.setattr(models, leaf, getattr(models, leaf))  # restored with
+            monkeypatch.delitem(sys.modules, f"mlx_lm.models.{leaf}")
+
+
 @simulated
-def test_the_report(mac, monkeypatch, tmp_path):
+def test_the_report(mac, unimported, monkeypatch, tmp_path):
     few = [ops.instances()[0], ops.instances()[-1]]
     monkeypatch.setattr(ops, "instances", lambda: few)
     kept = {name: synth.FORMATS[name] for name in ("config-i", "jangtq2")}

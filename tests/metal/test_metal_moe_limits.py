@@ -46,7 +46,7 @@ def test_bound(inst, on_metal):
 
 
 @pytest.mark.parametrize("inst", [("linear", 4, "bf16"), ("codebook", 2, "f16")], ids=str)
-@pytest.mark.parametrize("variant", metal.variants(), ids=str)
+@pytest.mark.parametrize("variant", list(metal.variants()), ids=str)
 def test_bound_under_variants(inst, variant, on_metal):
     case = next(
         c for c in map(cases.moe_decode_gaussian_case, ops.instances()) if c.instance == inst
