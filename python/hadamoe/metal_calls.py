@@ -116,9 +116,9 @@ def resident(front: Front, *weights: PackedWeight) -> Resident:
     return _once(front, _side_by_side, *weights)
 
 
-def dtype_name(a: Any) -> str:
-    """An array's dtype as numpy names it."""
-    return str(a.dtype).rpartition(".")[2]
+def dtype_name(dtype: Any) -> str:
+    """A framework's dtype as numpy names it."""
+    return str(dtype).rpartition(".")[2]
 
 
 def product(
@@ -147,7 +147,7 @@ def product(
     steps = metal_products.product(
         tokens,
         w.plan,
-        dtype_name(x),
+        dtype_name(x.dtype),
         slots=slots,
         norm=None if norm is None else norm[1],
         rotate=w.plan.rotation is not None and not rotated,
@@ -183,7 +183,7 @@ def hadamard(front: Front, x: Any, *, block: int | None, pre: Any, post: Any) ->
         counts[name] = 0 if signs is None else len(signs)
         arrays[name] = front.array(signs) if isinstance(signs, np.ndarray) else signs
     rows = arrays["x"].shape[0]
-    steps = metal_products.hadamard(rows, k, dtype_name(x), block=block, **counts)
+    steps = metal_products.hadamard(rows, k, dtype_name(x.dtype), block=block, **counts)
     return run_all(front, steps, arrays).reshape(*x.shape[:-1], wide)
 
 
@@ -219,7 +219,7 @@ def gated_delta(
         heads,
         head_dims,
         conv_weight.shape[-1],
-        dtype_name(proj),
+        dtype_name(proj.dtype),
         eps=eps,
         mask=mask is not None,
         lengths=lengths is not None,

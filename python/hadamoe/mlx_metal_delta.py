@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,29 +19,20 @@ def gated_delta_block(
     norm: mx.array,
     weights: DeltaWeights,
     *vectors: mx.array,
-    heads: tuple[int, int],
-    head_dims: tuple[int, int],
     eps: float = 1e-6,
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
+    **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(y, conv_state, state); arguments as in `ops.gated_delta_block`: three launches a token.
 
     Args:
         vectors: conv_weight, a_log, dt_bias, gated_norm, conv_state, state.
+        options: of `metal_calls.gated_delta`.
     """
     *lead, width = x.shape
     flat = x.reshape(-1, width)
     w = weights
     proj = product(flat, resident(w.qkv, w.z, w.b, w.a), norm=(norm, eps))
-    y, conv_state, state = gated_delta(
-        proj.reshape(*lead, -1),
-        *vectors,
-        heads=heads,
-        head_dims=head_dims,
-        eps=eps,
-        mask=mask,
-        lengths=lengths,
-    )
+    proj = proj.reshape(*lead, -1)
+    y, conv_state, state = gated_delta(proj, *vectors, eps=eps, **options)
     out = product(y.reshape(len(flat), -1), resident(w.out), residual=flat)
     return out.reshape(x.shape), conv_state, state

@@ -11,14 +11,11 @@ import numpy as np
 
 from . import metal_kv
 from .kv import KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
+from .metal_calls import dtype_name
 from .mlx_metal import run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
 __all__ = ["Prepared", "attend", "kv_decode", "kv_encode", "kv_scores", "prepare"]
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 @cache
@@ -61,7 +58,7 @@ def kv_decode(
     """`mlx_kv.kv_decode` in one launch: u8 ``[..., bytes]`` to ``[..., 64, head_dim]``."""
     lead, d = pages.shape[:-1], head_dim
     flat = pages.reshape(-1, pages.shape[-1])
-    name = _name(dtype)
+    name = dtype_name(dtype)
     launch = metal_kv.decode(flat.shape[0], codec, side, d, name, scale)
     arrays = {"pages": flat, "signs": _signs(side, d), "book": _book(codec, d)}
     (rows,) = run(launch, arrays)
@@ -119,7 +116,7 @@ def prepare(
     b, t, _ = proj.shape
     sizes = metal_kv.Heads(b, *heads, head_dim, form, scales)
     rot = 0 if freqs is None else 2 * freqs.shape[0]
-    names = [_name(d) for d in (q_dtype, kv_dtype)]
+    names = [dtype_name(d) for d in (q_dtype, kv_dtype)]
     launch = metal_kv.prepare(
         sizes, t, rot, *names, eps=None if norms is None else eps, stretch=stretch
     )
@@ -177,6 +174,6 @@ def attend(
         parts = run(metal_kv.runs(heads, count, skip, table is not None), arrays | x)
         arrays |= dict(zip(("parts", "sums"), parts, strict=True))
     width = 0 if gate is None else gate.shape[-1]
-    launch = metal_kv.join(heads, bool(count), width, _name(dtype))
+    launch = metal_kv.join(heads, bool(count), width, dtype_name(dtype))
     arrays |= {"q": tokens.q, "raw": raw, "gate": gate, "signs": _signs("value", d)}
     return run(launch, arrays)[0].reshape(b, 1, h * d)

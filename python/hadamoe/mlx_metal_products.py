@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import metal_calls, metal_products
+from .metal_calls import dtype_name
 from .mlx_metal import FRONT, product, resident, run
 from .packed import PackedWeight
 
@@ -22,7 +23,7 @@ def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array
 
 def dequantize(w: PackedWeight, rows: mx.array, *, dtype: mx.Dtype) -> mx.array:
     """Rows ``[..., k]`` of `hadamoe.ops.dequantize`, their rotation not undone."""
-    return metal_calls.dequantize(FRONT, resident(w), rows, str(dtype).removeprefix("mlx.core."))
+    return metal_calls.dequantize(FRONT, resident(w), rows, dtype_name(dtype))
 
 
 def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.array:

@@ -45,7 +45,7 @@ def run(launch: Launch, arrays: Mapping[str, Tensor | Sequence[int]]) -> list[Te
         torch.empty(out.shape, dtype=getattr(torch, out.dtype), device=device)
         for out in launch.outputs
     ]
-    types = tuple(dtype_name(a) if isinstance(a, Tensor) else None for a in inputs)
+    types = tuple(dtype_name(a.dtype) if isinstance(a, Tensor) else None for a in inputs)
     x, y, z = launch.groups
     _kernel(launch.name, shader(launch, types))(
         *inputs,
@@ -74,7 +74,7 @@ def _front(x: Tensor) -> Front:
     return front(str(x.device))
 
 
-#: What was packed together, by its first table of parts. A table is a buffer of some module.
+#: What was packed together, by its first table of parts, while some module holds that.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -106,7 +106,7 @@ def dequantize(
     parts: Tensor, rows: Tensor, buffers: Sequence[Tensor], columns: int, dtype: torch.dtype
 ) -> Tensor:
     """``hadamoe::dequantize``."""
-    w, name = _stored(rows, parts, buffers, columns), str(dtype).removeprefix("torch.")
+    w, name = _stored(rows, parts, buffers, columns), dtype_name(dtype)
     return metal_calls.dequantize(_front(rows), w, rows, name)
 
 
@@ -122,9 +122,6 @@ def qmatmul(
     return y.reshape(*lead, rows).to(dtype)
 
 
-_ROLES = ("router", "gate_up", "down", "shared_gate_up", "shared_down", "shared_gate")
-
-
 def _moe(
     x: Tensor, signs: Sequence[Tensor | None], tables: Sequence[Tensor],
     buffers: Sequence[Tensor], blocks: Sequence[int], rotated: int,
@@ -137,10 +134,13 @@ def _moe(
         None if block < 0 else Rotation(block or None, *numbers[2 * i : 2 * i + 2])
         for i, block in enumerate(blocks)
     ]
-    rows = {name: int(t[0, :, 0].sum()) for name, t in zip(_ROLES, tables, strict=True)}
+    rows = {
+        name: int(t[0, :, 0].sum())
+        for name, t in zip(MoeWeights.__dataclass_fields__, tables, strict=True)
+    }
     inner = {"down": rows["gate_up"] // 2, "shared_down": rows["shared_gate_up"] // 2}
     made = {}
-    for i, (name, table) in enumerate(zip(_ROLES, tables, strict=True)):
+    for i, (name, table) in enumerate(zip(MoeWeights.__dataclass_fields__, tables, strict=True)):
         width = inner.get(name, x.shape[-1])
         turn = turns[name in inner] if rotated >> i & 1 else None
         columns = width if turn is None else rotated_columns(width, turn.block)

@@ -12,14 +12,7 @@ from hadamoe.kv import KVFormat
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 
-VARIANTS = [
-    {"ftz": False},
-    {"contract": False},
-    {"order": "sequential"},
-    {"order": "reversed"},
-    {"schedule": "random"},
-    {"ulp": 4},
-]
+VARIANTS = list(metal.variants())
 #: (batch, tokens, query heads, key heads, columns, turned columns)
 SHAPES = [(1, 1, 4, 2, 64, 16), (2, 5, 3, 1, 32, 32), (1, 3, 16, 2, 256, 64), (1, 2, 2, 2, 512, 96)]
 

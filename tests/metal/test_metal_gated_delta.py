@@ -14,16 +14,7 @@ from hadamoe.verify.cases import DELTAS
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 
 MODEL = (1, 1, 16, 32, 128, 128, 4)
-#: What a GPU may do differently: see tests/simt/README.md.
-VARIANTS = [
-    {"ftz": False},
-    {"contract": False},
-    {"order": "sequential"},
-    {"order": "reversed"},
-    {"schedule": "descending"},
-    {"schedule": "random"},
-    {"ulp": 4},
-]
+VARIANTS = list(metal.variants())
 
 
 def lent(arrays: dict[str, np.ndarray], dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:

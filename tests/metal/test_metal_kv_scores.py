@@ -14,15 +14,7 @@ from hadamoe.verify import kv_cases
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 
-VARIANTS = [
-    {"ftz": False},
-    {"contract": False},
-    {"order": "sequential"},
-    {"order": "reversed"},
-    {"schedule": "descending"},
-    {"schedule": "random"},
-    {"ulp": 4},
-]
+VARIANTS = list(metal.variants())
 
 
 def same_integers(q: np.ndarray, pages: np.ndarray, codec: str, **options):
