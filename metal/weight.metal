@@ -1,5 +1,5 @@
 // A packed weight as kernels see it: one array of 32-bit words and a table of parts that points into it.
-// python/hadamoe/metal_weight.py makes both; codes are a checkpoint's own bits.
+// python/hadamoe/gpu_weight.py makes both; codes are a checkpoint's own bits.
 #include "eight.metal"
 
 namespace hm {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .metal_plan import THREADS, Launch, Output, float_bits
+from .gpu_plan import Output
+from .metal_plan import THREADS, Launch, float_bits
 
 
 def gated_delta(

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .gpu_plan import Output
 from .kv import CODECS, PAGE, KVFormat, page_bytes
-from .metal_plan import THREADS, Launch, Output, float_bits
+from .metal_plan import THREADS, Launch, float_bits
 
 _ROTATED = ("h", "t")  # first letters of codecs that turn rows
 #: Bits of our codecs -> levels per deviation, and the share of a row's square that codes lose.

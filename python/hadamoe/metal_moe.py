@@ -9,18 +9,23 @@ A prompt's experts are chosen once (`route`), and their tokens multiplied togeth
 
 from __future__ import annotations
 
-from .metal_plan import Launch, Output, float_bits
+from .gpu_plan import Output
+from .gpu_weight import GpuWeight
+from .metal_plan import Launch, float_bits
 from .metal_products import TOKENS, lanes, shared_columns, table_files
-from .metal_weight import MetalWeight
 
 #: Experts of a token at most: a lane remembers one.
 MOST = 32
+#: Tokens, at most, that do not wait for one another's experts.
+FEW = 8
+#: Tokens at once of a prompt: what their experts leave takes 70 KB each.
+MANY = 512
 _SIMDGROUPS = 8  # of a threadgroup, at most
 _HEIGHT = 4  # rows of gate and of up that a simdgroup of `gate_up` has
 _ROWS = 16  # rows that a threadgroup of `down` has: 128 groups for 2,048
 
 
-def _rotation(experts: MetalWeight, shared: MetalWeight) -> tuple[dict, dict]:
+def _rotation(experts: GpuWeight, shared: GpuWeight) -> tuple[dict, dict]:
     """Constants and inputs of a kernel that rotates; empty where neither weight wants that."""
     r = experts.rotation or shared.rotation
     if r is None:
@@ -31,18 +36,18 @@ def _rotation(experts: MetalWeight, shared: MetalWeight) -> tuple[dict, dict]:
     return {"BLOCK": r.block or 0, **counts}, inputs
 
 
-def _kinds(weight: MetalWeight) -> dict[str, int]:
+def _kinds(weight: GpuWeight) -> dict[str, int]:
     return {f"KIND{i}": kind for i, kind in enumerate(weight.kinds)}
 
 
-def _file(weight: MetalWeight, name: str) -> str:
+def _file(weight: GpuWeight, name: str) -> str:
     return "+".join([*table_files(weight.kinds), name])
 
 
 def gate_up(
     tokens: int,
-    experts: MetalWeight,
-    shared: MetalWeight,
+    experts: GpuWeight,
+    shared: GpuWeight,
     top_k: int,
     hidden: int,
     *,
@@ -51,7 +56,7 @@ def gate_up(
     """``inner[t, top_k + 1, width] = silu(gate) * up``, the shared expert last.
 
     Args:
-        experts, shared: of `metal_weight.metal_experts`.
+        experts, shared: of `gpu_weight.gpu_experts`.
         hidden: columns of x.
         norm: eps of the RMSNorm that x goes through first, or None.
     """
@@ -95,8 +100,8 @@ def gate_up(
 
 def down(
     tokens: int,
-    experts: MetalWeight,
-    shared: MetalWeight,
+    experts: GpuWeight,
+    shared: GpuWeight,
     top_k: int,
     inner: tuple[int, int],
     *,
@@ -159,7 +164,7 @@ def route(tokens: int, experts: int, top_k: int, *, normalize: bool) -> Launch:
     )
 
 
-def product(tokens: int, slots: int, experts: MetalWeight) -> Launch:
+def product(tokens: int, slots: int, experts: GpuWeight) -> Launch:
     """``y[t, slots, n]``: rows of a slot's expert times ``x [t, columns]``, rotated or not."""
     height = max(32 // min(lanes(experts.columns, kind) for kind in experts.kinds), 4)
     blocks = -(-experts.rows // height)

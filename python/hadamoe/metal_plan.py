@@ -16,17 +16,11 @@ from pathlib import Path
 from string import ascii_uppercase, digits
 from typing import NamedTuple
 
+from .gpu_plan import Output
+
 FOLDER = Path(__file__).parent / "metal"
 #: Threads of a group, at most.
 THREADS = 256
-
-
-class Output(NamedTuple):
-    """An array a kernel writes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class Launch(NamedTuple):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from .errors import UnsupportedError
-from .metal_plan import THREADS, Launch, Output, float_bits, null
-from .metal_weight import ROTATED, MetalWeight
+from .gpu_plan import Output, Step
+from .gpu_weight import ROTATED, GpuWeight
+from .metal_plan import THREADS, Launch, float_bits, null
 from .packed import rotated_columns
 
 #: Bytes of threadgroup memory of a group, at most.
@@ -18,13 +17,6 @@ TOKENS = 8
 # What there is enough of to keep the largest GPU's 80 cores busy, more groups than that only repeat
 # the rotation of x.
 _GROUPS = 256
-
-
-class Step(NamedTuple):
-    """A launch, and the name under which later ones read its first output."""
-
-    launch: Launch
-    to: str
 
 
 #: The file of every table.
@@ -113,7 +105,7 @@ def hadamard(
     return [Step(first, "pieces"), Step(second, to)]
 
 
-def dequantize(count: int, w: MetalWeight, dtype: str) -> Launch:
+def dequantize(count: int, w: GpuWeight, dtype: str) -> Launch:
     """``count`` rows of a weight as numbers ``[count, k]``; its rotation is not undone."""
     threads = 64
     constants = {
@@ -135,14 +127,14 @@ def dequantize(count: int, w: MetalWeight, dtype: str) -> Launch:
     )
 
 
-def _fit(w: MetalWeight) -> int:
+def _fit(w: GpuWeight) -> int:
     """How many rotated tokens a group's memory holds, with their norms."""
     return MEMORY // (4 * shared_columns(w.columns) + THREADS // 8)
 
 
 def qmatvec(
     tokens: int,
-    w: MetalWeight,
+    w: GpuWeight,
     dtype: str,
     *,
     slots: int = 0,
@@ -214,7 +206,7 @@ def qmatvec(
 
 def qmatmul(
     pairs: int,
-    w: MetalWeight,
+    w: GpuWeight,
     dtype: str,
     *,
     slots: int = 0,
@@ -264,7 +256,7 @@ def qmatmul(
     )
 
 
-def in_tiles(tokens: int, w: MetalWeight, slots: int) -> bool:
+def in_tiles(tokens: int, w: GpuWeight, slots: int) -> bool:
     """Whether `qmatmul` is for these tokens, or `qmatvec`.
 
     `qmatvec` reads the codes once for 8 tokens and is bound by memory up to there; MLX changes at
@@ -276,7 +268,7 @@ def in_tiles(tokens: int, w: MetalWeight, slots: int) -> bool:
 
 def product(
     tokens: int,
-    w: MetalWeight,
+    w: GpuWeight,
     dtype: str,
     *,
     slots: int = 0,

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import metal_calls
-from .metal_calls import Front
-from .metal_plan import Launch, Output, source
+from . import gpu_calls, metal_delta, metal_moe, metal_products
+from .gpu_calls import Front, Plans
+from .gpu_plan import Output
+from .metal_plan import Launch, source
 
 _DTYPES = {
     n: getattr(mx, n)
@@ -72,6 +73,9 @@ def _argument(a: mx.array | Sequence[int]) -> mx.array:
     return a if a.size >= 8 else mx.pad(a.reshape(-1), (0, 8 - a.size))
 
 
-FRONT = Front(mx.array, run, mx.argsort, mx.sigmoid, mx.concatenate, mx.fast.rms_norm)
-resident = partial(metal_calls.resident, FRONT)
-product = partial(metal_calls.product, FRONT)
+FRONT = Front(
+    Plans(metal_products, metal_moe, metal_delta),
+    *(mx.array, run, mx.argsort, mx.sigmoid, mx.concatenate, mx.fast.rms_norm),
+)
+resident = partial(gpu_calls.resident, FRONT)
+product = partial(gpu_calls.product, FRONT)

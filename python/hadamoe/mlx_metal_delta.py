@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import metal_calls
+from . import gpu_calls
 from .mlx_metal import FRONT, product, resident
 from .roles import DeltaWeights
 
-gated_delta = partial(metal_calls.gated_delta, FRONT)
+gated_delta = partial(gpu_calls.gated_delta, FRONT)
 
 
 def gated_delta_block(
@@ -26,7 +26,7 @@ def gated_delta_block(
 
     Args:
         vectors: conv_weight, a_log, dt_bias, gated_norm, conv_state, state.
-        options: of `metal_calls.gated_delta`.
+        options: of `gpu_calls.gated_delta`.
     """
     *lead, width = x.shape
     flat = x.reshape(-1, width)

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import metal_kv
+from .gpu_calls import dtype_name
 from .kv import KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
-from .metal_calls import dtype_name
 from .mlx_metal import run
 from .reference_kv_peers import TURBO_CODEBOOKS
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import metal_calls, metal_products
-from .metal_calls import dtype_name
+from . import gpu_calls, metal_products
+from .gpu_calls import dtype_name
 from .mlx_metal import FRONT, product, resident, run
 from .packed import PackedWeight
 
@@ -18,12 +18,12 @@ def _rows(x: mx.array) -> mx.array:
 
 def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
     """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
-    return metal_calls.hadamard(FRONT, x, block=block, pre=pre, post=post)
+    return gpu_calls.hadamard(FRONT, x, block=block, pre=pre, post=post)
 
 
 def dequantize(w: PackedWeight, rows: mx.array, *, dtype: mx.Dtype) -> mx.array:
     """Rows ``[..., k]`` of `hadamoe.ops.dequantize`, their rotation not undone."""
-    return metal_calls.dequantize(FRONT, resident(w), rows, dtype_name(dtype))
+    return gpu_calls.dequantize(FRONT, resident(w), rows, dtype_name(dtype))
 
 
 def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.array:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import metal_calls
+from . import gpu_calls, metal_delta, metal_moe, metal_products
 from .errors import ContractError
-from .metal_calls import Front, Resident, dtype_name
+from .gpu_calls import Front, Plans, Resident, dtype_name
 from .metal_plan import Launch, shader
 from .packed import PackedWeight, rotated_columns
 from .roles import MoeWeights
@@ -61,6 +61,7 @@ def run(launch: Launch, arrays: Mapping[str, Tensor | Sequence[int]]) -> list[Te
 def front(device: str) -> Front:
     """The front end of Metal launches on tensors of a device."""
     return Front(
+        Plans(metal_products, metal_moe, metal_delta),
         lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device),
         run,
         lambda a: torch.argsort(a, stable=True).to(torch.int32),
@@ -94,12 +95,12 @@ def _weight(
 def _stored(x: Tensor, parts: Tensor, buffers: Sequence[Tensor], columns: int) -> Resident:
     if parts not in _packed:
         _packed[parts] = _weight(parts, buffers, columns)
-    return metal_calls.resident(_front(x), _packed[parts])
+    return gpu_calls.resident(_front(x), _packed[parts])
 
 
 def hadamard(x: Tensor, pre: Any, post: Any, block: int, dtype: torch.dtype) -> Tensor:
     """``hadamoe::hadamard``; block 0 splits the columns into powers of two."""
-    return metal_calls.hadamard(_front(x), x, block=block or None, pre=pre, post=post).to(dtype)
+    return gpu_calls.hadamard(_front(x), x, block=block or None, pre=pre, post=post).to(dtype)
 
 
 def dequantize(
@@ -107,7 +108,7 @@ def dequantize(
 ) -> Tensor:
     """``hadamoe::dequantize``."""
     w, name = _stored(rows, parts, buffers, columns), dtype_name(dtype)
-    return metal_calls.dequantize(_front(rows), w, rows, name)
+    return gpu_calls.dequantize(_front(rows), w, rows, name)
 
 
 def qmatmul(
@@ -117,7 +118,7 @@ def qmatmul(
     """``hadamoe::qmatmul``; x has been rotated."""
     w = _stored(x, parts, buffers, x.shape[-1])
     flat = None if expert is None else expert.reshape(-1, expert.shape[-1]).to(torch.int32)
-    y = metal_calls.product(_front(x), x.reshape(-1, x.shape[-1]), w, expert=flat, rotated=True)
+    y = gpu_calls.product(_front(x), x.reshape(-1, x.shape[-1]), w, expert=flat, rotated=True)
     lead = x.shape[:-1] if expert is None else expert.shape
     return y.reshape(*lead, rows).to(dtype)
 
@@ -154,7 +155,7 @@ def moe_decode(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     and NaN."""
     *arrays, buffers, top_k, normalize, hidden_block, inner_block, rotated = arguments
     weights = _moe(x, arrays[:4], arrays[4:], buffers, (hidden_block, inner_block), rotated)
-    y = metal_calls.moe(_front(x), x.float(), weights, top_k=top_k, normalize=normalize)
+    y = gpu_calls.moe(_front(x), x.float(), weights, top_k=top_k, normalize=normalize)
     unknown = x.new_full((x.numel() // x.shape[-1], top_k), float("nan"), dtype=torch.float32)
     return y.to(x.dtype), torch.full_like(unknown, -1, dtype=torch.int32), unknown
 
@@ -163,7 +164,7 @@ def gated_delta(proj: Tensor, *arguments: Any) -> Tensor:
     """``hadamoe::gated_delta``: writes conv_state and state."""
     *arrays, hk, hv, dk, dv, eps, dtype = arguments
     sizes = {"heads": (hk, hv), "head_dims": (dk, dv), "eps": eps}
-    y, *states = metal_calls.gated_delta(_front(proj), proj, *arrays, **sizes)
+    y, *states = gpu_calls.gated_delta(_front(proj), proj, *arrays, **sizes)
     for old, new in zip(arrays[-2:], states, strict=True):
         old.copy_(new)
     return y.to(dtype)

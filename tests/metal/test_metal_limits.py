@@ -11,7 +11,7 @@ import pytest
 from hadamoe import Rotation, metal_plan
 from hadamoe import metal_products as plans
 from hadamoe.errors import UnsupportedError
-from hadamoe.metal_weight import ROTATED, MetalWeight
+from hadamoe.gpu_weight import ROTATED, GpuWeight
 
 SIGNS = np.ones(128, np.float32)
 #: table << 16 | bits << 8 | scale, and group / 32 above bit 25: what the formats' matrices are.
@@ -33,12 +33,12 @@ SHAPES = [
 ]
 
 
-def weight(kind: int, rows: tuple[int, ...], columns: int) -> MetalWeight:
+def weight(kind: int, rows: tuple[int, ...], columns: int) -> GpuWeight:
     parts = np.zeros((1, len(rows), 8), np.uint32)
     parts[0, :, 0], parts[..., 1] = rows, kind
     turn = Rotation(128, SIGNS, SIGNS) if kind & ROTATED else None
     words = np.zeros(0, np.uint32)
-    return MetalWeight(words, parts, (kind,), sum(rows), columns, columns, turn)
+    return GpuWeight(words, parts, (kind,), sum(rows), columns, columns, turn)
 
 
 def text(launch: metal_plan.Launch) -> int:

@@ -11,7 +11,7 @@ import pytest
 from moe_weights import LAYERS
 from simt import metal
 
-from hadamoe import metal_calls, metal_products, ops, reference
+from hadamoe import metal_moe, metal_products, ops, reference
 from hadamoe.metal_products import TOKENS
 from hadamoe.verify import cases, claims
 from hadamoe.weight import Weight, stack_experts
@@ -61,7 +61,7 @@ def test_exact(inst, together, monkeypatch):
 @pytest.mark.parametrize("name", LAYERS)
 def test_near_the_reference(name, tiles, rng, monkeypatch):
     monkeypatch.setattr(metal_products, "in_tiles", lambda *_: tiles)
-    moe, x = moe_weights.moe(rng, name), tokens(rng, metal_calls.FEW + 3)
+    moe, x = moe_weights.moe(rng, name), tokens(rng, metal_moe.FEW + 3)
     norm = rng.uniform(0.5, 1.5, 256).astype(np.float32)
     with metal.installed(check=True):
         weights = ops.MoeWeights.of(**moe)
@@ -134,5 +134,5 @@ def test_a_token_that_is_no_number(together, rng):
 
 def test_longer_than_a_piece(rng):
     moe = moe_weights.moe(rng, "w4a16", hidden=64, inner=32)
-    x = tokens(rng, metal_calls.MANY + 3, 64)
+    x = tokens(rng, metal_moe.MANY + 3, 64)
     assert distance(run(x, moe, 2), reference.moe_decode(x, moe, top_k=2)[0]) < 3e-6

@@ -27,7 +27,7 @@ _SCALE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
 
 
 @dataclass(frozen=True, slots=True)
-class MetalWeight:
+class GpuWeight:
     """One or more packed weights that read the same input, as one.
 
     Attributes:
@@ -55,7 +55,7 @@ class MetalWeight:
         return self.parts.shape[0]
 
 
-def metal_weight(*weights: PackedWeight) -> MetalWeight:
+def gpu_weight(*weights: PackedWeight) -> GpuWeight:
     """Weights side by side: rows of the first, then of the second, and so on.
 
     Their experts, columns before padding and rotations (of those that have one) must agree, which
@@ -72,10 +72,10 @@ def metal_weight(*weights: PackedWeight) -> MetalWeight:
     kinds = tuple(int(k) for k in np.unique(parts[..., 1]))
     rows = sum(w.rows for w in weights)
     columns = (turned.columns, turned.in_features)
-    return MetalWeight(words.joined(), parts, kinds, rows, *columns, _whole(turned))
+    return GpuWeight(words.joined(), parts, kinds, rows, *columns, _whole(turned))
 
 
-def metal_experts(experts: PackedWeight, shared: PackedWeight) -> tuple[MetalWeight, MetalWeight]:
+def gpu_experts(experts: PackedWeight, shared: PackedWeight) -> tuple[GpuWeight, GpuWeight]:
     """Experts and, behind the last, the shared one: two weights with one array of words.
 
     Both have all the words and kinds, and as many parts, of which some may have no rows. Their
@@ -95,7 +95,7 @@ def metal_experts(experts: PackedWeight, shared: PackedWeight) -> tuple[MetalWei
     kinds = tuple(int(k) for k in np.unique(every[every[:, 0] > 0, 1]))
     joined = words.joined()
     return tuple(
-        MetalWeight(joined, table, kinds, w.rows, w.columns, w.in_features, _whole(w))
+        GpuWeight(joined, table, kinds, w.rows, w.columns, w.in_features, _whole(w))
         for w, table in zip(both, tables, strict=True)
     )
 
@@ -151,7 +151,7 @@ def _part(words: _Words, w: PackedWeight, part: np.ndarray, rotated: int) -> lis
     arrays = [tuple(map(int, pair)) for pair in part[4:].reshape(4, 2)]
     groups = 1 if table == "plain" else -(-w.columns // group)
     if groups > 1 and group // 32 >= 1 << (31 - _GROUP_SHIFT):
-        raise UnsupportedError(f"metal_weight: group is {group}, needs less than 2048, or the row")
+        raise UnsupportedError(f"gpu_weight: group is {group}, needs less than 2048, or the row")
     kind = _TABLES.index(table) << 16 | bits << 8 | _SCALES.index(scale) | rotated
     kind |= (group // 32 if groups > 1 else 0) << _GROUP_SHIFT
 

@@ -1,7 +1,8 @@
-"""Ops as sequences of Metal launches, the same for every front end.
+"""Ops as sequences of kernel launches, the same for every GPU and every framework.
 
-A `Front` is what a framework brings: arrays in its GPU's memory and a way to run a launch
-(`hadamoe.mlx_metal`, `hadamoe.torch_mps`). Arrays here are the framework's own.
+A `Front` is what a framework brings: arrays in its GPU's memory, the launch plans of that GPU's
+kernels and a way to run one (`hadamoe.mlx_metal`, `hadamoe.torch_mps`, `hadamoe.torch_cuda`).
+Arrays here are the framework's own.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from . import metal_delta, metal_moe, metal_products
 from .errors import UnsupportedError
-from .metal_plan import Launch
-from .metal_weight import MetalWeight, metal_experts, metal_weight
+from .gpu_plan import Step
+from .gpu_weight import GpuWeight, gpu_experts, gpu_weight
 from .packed import PackedWeight, rotated_columns
 from .roles import MoeWeights
 from .weight import Rotation
 
-#: Tokens, at most, that do not wait for one another's experts.
-FEW = 8
-#: Tokens at once of a prompt: what their experts leave takes 70 KB each.
-MANY = 512
+
+class Plans(NamedTuple):
+    """The modules with a GPU's launch plans: ``metal_products`` and its siblings, or ``cuda_*``."""
+
+    products: Any
+    moe: Any
+    delta: Any
 
 
 class Front(NamedTuple):
-    """A framework with a Metal device.
+    """A framework with a GPU.
 
     Attributes:
+        plans: launch plans of the GPU's kernels.
         array: a numpy array in the device's memory.
         run: the outputs of a launch over named input arrays; lists of integers are int32.
         argsort, sigmoid: of an array.
@@ -38,8 +42,9 @@ class Front(NamedTuple):
         rms_norm: of x, gamma and eps, along the last axis.
     """
 
+    plans: Plans
     array: Callable[[np.ndarray], Any]
-    run: Callable[[Launch, Mapping[str, Any]], list[Any]]
+    run: Callable[[Any, Mapping[str, Any]], list[Any]]
     argsort: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
     concatenate: Callable[[list[Any]], Any]
@@ -54,7 +59,7 @@ class Resident(NamedTuple):
         arrays: inputs of launches: words, parts, and pre and post, its rotation's signs or None.
     """
 
-    plan: MetalWeight
+    plan: GpuWeight
     arrays: dict[str, Any]
 
 
@@ -62,13 +67,13 @@ class Experts(NamedTuple):
     """The experts' weight and the shared one's, in the same words.
 
     Attributes:
-        plan, shared: theirs (`metal_weight.metal_experts`).
+        plan, shared: theirs (`gpu_weight.gpu_experts`).
         arrays: as a `Resident`'s; the shared expert is the table's last.
         routed, own: each by itself.
     """
 
-    plan: MetalWeight
-    shared: MetalWeight
+    plan: GpuWeight
+    shared: GpuWeight
     arrays: dict[str, Any]
     routed: Resident
     own: Resident
@@ -93,12 +98,12 @@ def _arrays(front: Front, words: Any, parts: Any, rotation: Rotation | None) -> 
 
 
 def _side_by_side(front: Front, *weights: PackedWeight) -> Resident:
-    w = metal_weight(*weights)
+    w = gpu_weight(*weights)
     return Resident(replace(w, words=w.words[:0]), _arrays(front, w.words, w.parts, w.rotation))
 
 
 def _experts(front: Front, weight: PackedWeight, shared: PackedWeight) -> Experts:
-    plan, own = metal_experts(weight, shared)
+    plan, own = gpu_experts(weight, shared)
     parts = np.concatenate([plan.parts, own.parts])
     arrays = _arrays(front, plan.words, parts, plan.rotation or own.rotation)
     plan, own = (replace(w, words=w.words[:0]) for w in (plan, own))
@@ -112,7 +117,7 @@ def _experts(front: Front, weight: PackedWeight, shared: PackedWeight) -> Expert
 
 
 def resident(front: Front, *weights: PackedWeight) -> Resident:
-    """Weights side by side (`metal_weight`) in the device's memory; made once while they live."""
+    """Weights side by side (`gpu_weight`) in the device's memory; made once while they live."""
     return _once(front, _side_by_side, *weights)
 
 
@@ -144,7 +149,7 @@ def product(
         ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
     """
     tokens, slots = x.shape[0], 0 if expert is None else expert.shape[1]
-    steps = metal_products.product(
+    steps = front.plans.products.product(
         tokens,
         w.plan,
         dtype_name(x.dtype),
@@ -154,7 +159,7 @@ def product(
         residual=residual is not None,
     )
     arrays = w.arrays | {"gamma": norm and norm[0], "expert": expert, "residual": residual}
-    if metal_products.in_tiles(tokens, w.plan, slots):
+    if front.plans.products.in_tiles(tokens, w.plan, slots):
         arrays["count"] = [tokens * max(slots, 1)]
         if expert is not None:
             flat = expert.reshape(-1)
@@ -163,7 +168,7 @@ def product(
     return run_all(front, steps, arrays | {"x": x})
 
 
-def run_all(front: Front, steps: Sequence[metal_products.Step], arrays: Mapping[str, Any]) -> Any:
+def run_all(front: Front, steps: Sequence[Step], arrays: Mapping[str, Any]) -> Any:
     """The last launch's first output."""
     arrays = dict(arrays)
     for launch, to in steps:
@@ -183,7 +188,7 @@ def hadamard(front: Front, x: Any, *, block: int | None, pre: Any, post: Any) ->
         counts[name] = 0 if signs is None else len(signs)
         arrays[name] = front.array(signs) if isinstance(signs, np.ndarray) else signs
     rows = arrays["x"].shape[0]
-    steps = metal_products.hadamard(rows, k, dtype_name(x.dtype), block=block, **counts)
+    steps = front.plans.products.hadamard(rows, k, dtype_name(x.dtype), block=block, **counts)
     return run_all(front, steps, arrays).reshape(*x.shape[:-1], wide)
 
 
@@ -191,7 +196,7 @@ def dequantize(front: Front, w: Resident, rows: Any, dtype: str) -> Any:
     """Rows ``[..., k]`` of `ops.dequantize`, their rotation not undone. A row that is not there is
     the last one: indices stay on the device."""
     flat = rows.reshape(-1)
-    launch = metal_products.dequantize(flat.shape[0], w.plan, dtype)
+    launch = front.plans.products.dequantize(flat.shape[0], w.plan, dtype)
     y = front.run(launch, w.arrays | {"index": flat})[0]
     return y.reshape(*rows.shape, w.plan.columns)
 
@@ -214,7 +219,7 @@ def gated_delta(
         lengths: i32 ``[b]``: tokens behind leave the states as they are, their y is 0.
     """
     proj, conv_weight = arrays[:2]
-    launch = metal_delta.gated_delta(
+    launch = front.plans.delta.gated_delta(
         *proj.shape[:2],
         heads,
         head_dims,
@@ -242,15 +247,16 @@ def moe(
     Raises:
         UnsupportedError: more experts a token than a launch can find.
     """
-    if top_k > metal_moe.MOST:
-        raise UnsupportedError(f"moe_decode: top_k is {top_k}, on Metal {metal_moe.MOST} at most")
+    if top_k > front.plans.moe.MOST:
+        raise UnsupportedError(f"moe_decode: top_k is {top_k}, here {front.plans.moe.MOST} at most")
     flat = x.reshape(-1, x.shape[-1])
     if not len(flat):
         return x
     options = {"top_k": top_k, "normalize": normalize, "norm": norm}
-    if len(flat) <= FEW:
+    if len(flat) <= front.plans.moe.FEW:
         return _few(front, flat, weights, **options).reshape(x.shape)
-    pieces = [flat[i : i + MANY] for i in range(0, len(flat), MANY)]
+    many = front.plans.moe.MANY
+    pieces = [flat[i : i + many] for i in range(0, len(flat), many)]
     ys = [_many(front, piece, weights, **options) for piece in pieces]
     return front.concatenate(ys).reshape(x.shape)
 
@@ -264,12 +270,12 @@ def _few(
     down = _once(front, _experts, weights.down, weights.shared_down)
     logits = product(front, x, resident(front, weights.router, weights.shared_gate), norm=norm)
     eps = None if norm is None else norm[1]
-    launch = metal_moe.gate_up(tokens, gate_up.plan, gate_up.shared, top_k, hidden, norm=eps)
+    launch = front.plans.moe.gate_up(tokens, gate_up.plan, gate_up.shared, top_k, hidden, norm=eps)
     arrays = gate_up.arrays | {"x": x, "gamma": norm and norm[0], "logits": logits}
     (inner,) = front.run(launch, arrays)
     sizes = weights.inner_size("down"), weights.inner_size("shared_down")
     options = {"normalize": normalize, "residual": norm is not None}
-    launch = metal_moe.down(tokens, down.plan, down.shared, top_k, sizes, **options)
+    launch = front.plans.moe.down(tokens, down.plan, down.shared, top_k, sizes, **options)
     arrays = down.arrays | {"inner": inner, "logits": logits, "residual": x}
     return front.run(launch, arrays)[0]
 
@@ -283,7 +289,7 @@ def _many(
     tokens, hidden = x.shape
     y = x if norm is None else front.rms_norm(x, *norm)
     logits = product(front, y, resident(front, weights.router, weights.shared_gate))
-    launch = metal_moe.route(tokens, weights.gate_up.experts, top_k, normalize=normalize)
+    launch = front.plans.moe.route(tokens, weights.gate_up.experts, top_k, normalize=normalize)
     expert, share = front.run(launch, {"logits": logits})
 
     def swiglu(both: Any) -> Any:
@@ -301,12 +307,12 @@ def _many(
 def _chosen(front: Front, x: Any, w: Experts, expert: Any) -> Any:
     """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``."""
     tokens, slots = expert.shape
-    if metal_products.in_tiles(tokens, w.plan, slots):
+    if front.plans.products.in_tiles(tokens, w.plan, slots):
         return product(front, x, w.routed, expert=expert)
     r = w.plan.rotation
     if r is not None:
         x = hadamard(front, x, block=r.block, pre=w.arrays["pre"], post=w.arrays["post"])
     order = front.argsort(expert.reshape(-1))
     arrays = {"x": x, "expert": expert, "order": order, "dims": [tokens * slots]}
-    launch = metal_moe.product(tokens, slots, w.routed.plan)
+    launch = front.plans.moe.product(tokens, slots, w.routed.plan)
     return front.run(launch, w.arrays | arrays)[0]
