@@ -11,7 +11,9 @@ from hadamoe import ops
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", action="store_true", help="tests/metal on this Mac's own GPU")
+    parser.addoption(
+        "--device", action="store_true", help="tests/metal or tests/cuda on this machine's own GPU"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

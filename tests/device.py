@@ -1,8 +1,8 @@
-"""`pytest tests/metal --device`: the tests of Metal kernels on a real device, not the simulator.
+"""`pytest tests/metal --device`, `pytest tests/cuda --device`: tests of kernels on a real GPU.
 
 The claims about results are the same. What only the simulator sees (bytes, races, memory of a
 threadgroup) is taken as said: an `Unseen` agrees with every comparison. Variants of arithmetic and
-order are whatever the device does. Launches are counted as MLX gets them.
+order are whatever the device does. Launches are counted as MLX or torch gets them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
 import pytest
-from simt import metal
+import torch
 
 
 class Unseen:
@@ -62,31 +61,26 @@ class Launch:
 
 
 _logs: list[list[Launch]] = []
-_real = mx.fast.metal_kernel
-
-
-def _metal_kernel(name: str, *args: Any, **options: Any) -> Any:
-    """MLX's own, its launches counted; MLX names a kernel's function custom_kernel_<name>."""
-    kernel = _real(name, *args, **options)
-    source = options.get("header", "") + options.get("source", "")
-
-    def call(*given: Any, grid: Any, threadgroup: Any, **rest: Any) -> Any:
-        for log in _logs[-1:]:
-            log.append(Launch(f"custom_kernel_{name}", source, tuple(grid), tuple(threadgroup)))
-        return kernel(*given, grid=grid, threadgroup=threadgroup, **rest)
-
-    return call
 
 
 @contextlib.contextmanager
 def installed(**_: Any) -> Iterator[list[Launch]]:
-    """`simt.metal.installed` with nothing to install; options of the simulator have no meaning."""
+    """`installed` of the simulator with nothing to install; its options have no meaning."""
     _logs.append([])
     try:
         yield _logs[-1]
-        mx.synchronize()
+        _synchronize()
     finally:
         _logs.pop()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return
+    import mlx.core as mx
+
+    mx.synchronize()
 
 
 def _no_torch(**_: Any) -> None:
@@ -94,13 +88,62 @@ def _no_torch(**_: Any) -> None:
 
 
 def use() -> None:
-    """Puts the device in the simulator's place.
+    """Puts the device in the simulator's place: an NVIDIA GPU for tests/cuda, else a Mac's.
 
     Raises:
-        pytest.UsageError: MLX has no Metal device.
+        pytest.UsageError: there is neither.
     """
+    if torch.cuda.is_available():
+        _use_cuda()
+    else:
+        _use_metal()
+
+
+def _use_metal() -> None:
+    try:
+        import mlx.core as mx
+    except ImportError:
+        raise pytest.UsageError("--device: torch has no CUDA device here, and no MLX") from None
+    from simt import metal
+
     if not mx.metal.is_available() or mx.default_device() != mx.gpu:
         raise pytest.UsageError("--device: MLX computes on no Metal device here")
-    mx.fast.metal_kernel = _metal_kernel
+    real = mx.fast.metal_kernel
+
+    def counted(name: str, *args: Any, **options: Any) -> Any:
+        """MLX's own; it names a kernel's function custom_kernel_<name>."""
+        kernel = real(name, *args, **options)
+        source = options.get("header", "") + options.get("source", "")
+
+        def call(*given: Any, grid: Any, threadgroup: Any, **rest: Any) -> Any:
+            for log in _logs[-1:]:
+                log.append(Launch(f"custom_kernel_{name}", source, tuple(grid), tuple(threadgroup)))
+            return kernel(*given, grid=grid, threadgroup=threadgroup, **rest)
+
+        return call
+
+    mx.fast.metal_kernel = counted
     metal.installed, metal.mps_installed = installed, _no_torch
     metal.missing = lambda: None
+
+
+def _use_cuda() -> None:
+    from simt import cuda, cuda_launch
+
+    from hadamoe import torch_cuda
+
+    def run(launch: Any, arrays: Any) -> list[torch.Tensor]:
+        """On copies of the tensors in the GPU's memory; outputs that were given are written."""
+        there = {name: a.cuda() if isinstance(a, torch.Tensor) else a for name, a in arrays.items()}
+        done = torch_cuda.run(launch, there)
+        for log in _logs[-1:]:
+            threads = (launch.threads, 1, 1)
+            log.append(Launch(launch.name, launch.body, launch.groups, threads))
+        results = []
+        for out, result in zip(launch.outputs, done, strict=True):
+            given = arrays.get(out.name)
+            results.append(result.cpu() if given is None else given.copy_(result))
+        return results
+
+    cuda_launch.run = run
+    cuda.installed, cuda.missing = installed, lambda: None

@@ -15,7 +15,7 @@ PLANS = gpu_calls.Plans(cuda_products, None, None)
 FRONT = gpu_calls.Front(
     PLANS,
     lambda a: torch.from_numpy(np.ascontiguousarray(a)),
-    cuda_launch.run,
+    lambda launch, arrays: cuda_launch.run(launch, arrays),
     lambda a: torch.argsort(a, stable=True).to(torch.int32),
     torch.sigmoid,
     torch.cat,
