@@ -53,6 +53,7 @@ LAYERS = [
     {"mlx_metal_products", "mlx_metal_delta", "mlx_metal_moe", "mlx_metal_kv"},
     {"mlx_host"},
     {"ops", "torch_ops", "mlx_ops", "kv_pool", "kv_file"},
+    {"torch_gpu"},
     {"mlx", "mlx_kv", "torch_mps"},
     {"kv_cache", "mlx_pages"},
     {"kv_prefix", "torch_kv", "mlx_cache"},

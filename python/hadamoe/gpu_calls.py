@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import UnsupportedError
 from .gpu_plan import Step
-from .gpu_weight import GpuWeight, gpu_experts, gpu_weight
+from .gpu_weight import GpuWeight, Words, gpu_experts, gpu_weight
 from .packed import PackedWeight, rotated_columns
 from .roles import MoeWeights
 from .weight import Rotation
@@ -91,22 +91,22 @@ def _once(front: Front, make: Callable[..., Any], *weights: PackedWeight) -> Any
     return made[key]
 
 
-def _arrays(front: Front, words: Any, parts: Any, rotation: Rotation | None) -> dict[str, Any]:
+def _arrays(front: Front, words: Words, parts: Any, rotation: Rotation | None) -> dict[str, Any]:
     signs = {"pre": rotation and rotation.pre, "post": rotation and rotation.post}
-    arrays = {"words": words, "parts": parts, **signs}
+    arrays = {"words": words.joined(), "parts": parts, **signs}
     return {name: None if a is None else front.array(a) for name, a in arrays.items()}
 
 
 def _side_by_side(front: Front, *weights: PackedWeight) -> Resident:
     w = gpu_weight(*weights)
-    return Resident(replace(w, words=w.words[:0]), _arrays(front, w.words, w.parts, w.rotation))
+    return Resident(replace(w, words=None), _arrays(front, w.words, w.parts, w.rotation))
 
 
 def _experts(front: Front, weight: PackedWeight, shared: PackedWeight) -> Experts:
     plan, own = gpu_experts(weight, shared)
     parts = np.concatenate([plan.parts, own.parts])
     arrays = _arrays(front, plan.words, parts, plan.rotation or own.rotation)
-    plan, own = (replace(w, words=w.words[:0]) for w in (plan, own))
+    plan, own = (replace(w, words=None) for w in (plan, own))
     tables = arrays["parts"][: plan.experts], arrays["parts"][plan.experts :]
     alone = []
     for w, table in zip((plan, own), tables, strict=True):

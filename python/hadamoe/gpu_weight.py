@@ -1,4 +1,4 @@
-"""Packed weights as the Metal kernels read them: one array of words and a table of parts.
+"""Packed weights as GPU kernels read them: one array of words and a table of parts.
 
 A GPU reads 16 bytes at a time and binds whole buffers, so a weight's arrays are copied once, side
 by side, each at a multiple of 16 bytes. Codes stay the checkpoint's own bits; rows whose length is
@@ -26,12 +26,55 @@ _SCALES = ("f32", "f16", "bf16", "e8m0")
 _SCALE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
 
 
+class Words:
+    """Codes, scales, biases and codebooks, each once and at a multiple of 16 bytes, as u32 ``[n]``.
+
+    Nothing is read before `joined`.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, int, int, np.ndarray]] = []  # place, rows, bytes of one, data
+        self._known: dict[tuple[int, int, int], int] = {}
+        self._end = 0
+
+    def place(
+        self, buffer: np.ndarray, offset: int, rows: int, row_bytes: int, align: int = 16
+    ) -> int:
+        """Where ``rows`` rows of ``row_bytes`` bytes are, in units of 16 bytes; rows padded."""
+        data = buffer[offset : offset + rows * row_bytes].reshape(rows, row_bytes)
+        key = (data.__array_interface__["data"][0], rows, row_bytes)
+        if key not in self._known:
+            self._known[key] = self.add(data, align)
+        return self._known[key]
+
+    def add(self, data: np.ndarray, align: int = 16) -> int:
+        """Where the rows of ``data``, u8 ``[rows, ...]``, are from now on."""
+        at, rows = self._end, len(data)
+        line = -(-(data.size // rows) // align) * align
+        self._pieces.append((at, rows, line, data))
+        self._end += rows * line
+        return at // 16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `joined`."""
+        return self._end + 128  # a kernel's last piece may reach behind the last row
+
+    def joined(self) -> np.ndarray:
+        """A copy of them all, u32 ``[n]``."""
+        words = np.zeros(self.nbytes, np.uint8)
+        for at, rows, line, data in self._pieces:
+            lines = words[at : at + rows * line].reshape(rows, line)
+            lines[:, : data.size // rows] = data.reshape(rows, -1)
+        return words.view(np.uint32)
+
+
 @dataclass(frozen=True, slots=True)
 class GpuWeight:
     """One or more packed weights that read the same input, as one.
 
     Attributes:
-        words: u32 ``[n]``: codes, scales, biases and codebooks, each at a multiple of 16 bytes.
+        words: what the parts are places in; None once a GPU has a copy.
         parts: u32 ``[experts, parts, 8]``: rows, kind, group, words from row to row, places of
             codes, scale, bias, codebook in units of 16 bytes.
         kinds: the different kinds of its parts: ``Kind`` in metal/weight.metal.
@@ -42,7 +85,7 @@ class GpuWeight:
             no multiple of 8, are repeated to all columns.
     """
 
-    words: np.ndarray
+    words: Words | None
     parts: np.ndarray
     kinds: tuple[int, ...]
     rows: int
@@ -62,7 +105,7 @@ def gpu_weight(*weights: PackedWeight) -> GpuWeight:
     `hadamoe.roles` has checked.
     """
     turned = next((w for w in weights if w.rotation is not None), weights[0])
-    words = _Words()
+    words = Words()
     table = []
     for e in range(weights[0].experts):
         for w in weights:
@@ -72,16 +115,16 @@ def gpu_weight(*weights: PackedWeight) -> GpuWeight:
     kinds = tuple(int(k) for k in np.unique(parts[..., 1]))
     rows = sum(w.rows for w in weights)
     columns = (turned.columns, turned.in_features)
-    return GpuWeight(words.joined(), parts, kinds, rows, *columns, _whole(turned))
+    return GpuWeight(words, parts, kinds, rows, *columns, _whole(turned))
 
 
 def gpu_experts(experts: PackedWeight, shared: PackedWeight) -> tuple[GpuWeight, GpuWeight]:
     """Experts and, behind the last, the shared one: two weights with one array of words.
 
-    Both have all the words and kinds, and as many parts, of which some may have no rows. Their
+    Both have the same words and all kinds, and as many parts, of which some may have no rows. Their
     tables, joined, are that of the experts with the shared one as the last.
     """
-    words, both = _Words(), (experts, shared)
+    words, both = Words(), (experts, shared)
     width = max(sum(part[0] > 0 for part in expert) for w in both for expert in w.parts)
     tables = []
     for w in both:
@@ -93,9 +136,8 @@ def gpu_experts(experts: PackedWeight, shared: PackedWeight) -> tuple[GpuWeight,
         tables.append(table)
     every = np.concatenate(tables).reshape(-1, FIELDS)
     kinds = tuple(int(k) for k in np.unique(every[every[:, 0] > 0, 1]))
-    joined = words.joined()
     return tuple(
-        GpuWeight(joined, table, kinds, w.rows, w.columns, w.in_features, _whole(w))
+        GpuWeight(words, table, kinds, w.rows, w.columns, w.in_features, _whole(w))
         for w, table in zip(both, tables, strict=True)
     )
 
@@ -114,38 +156,7 @@ def whole_signs(signs: np.ndarray | None, columns: int) -> np.ndarray | None:
     return np.tile(signs, columns // len(signs))
 
 
-class _Words:
-    """Arrays laid side by side, each once."""
-
-    def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
-        self._known: dict[tuple[int, int, int], int] = {}
-        self._end = 0
-
-    def place(
-        self, buffer: np.ndarray, offset: int, rows: int, row_bytes: int, align: int = 16
-    ) -> int:
-        """Where ``rows`` rows of ``row_bytes`` bytes are, in units of 16 bytes; rows padded."""
-        data = buffer[offset : offset + rows * row_bytes].reshape(rows, row_bytes)
-        key = (data.__array_interface__["data"][0], rows, row_bytes)
-        if key not in self._known:
-            self._known[key] = self.add(data, align)
-        return self._known[key]
-
-    def add(self, data: np.ndarray, align: int = 16) -> int:
-        """Where the rows of ``data``, u8 ``[rows, bytes]``, are from now on."""
-        at = self._end // 16
-        data = np.pad(data, [(0, 0), (0, -data.shape[1] % align)]).reshape(-1)
-        self._arrays.append(data)
-        self._end += data.size
-        return at
-
-    def joined(self) -> np.ndarray:
-        # a kernel's last piece may reach behind the last row
-        return np.concatenate([*self._arrays, np.zeros(128, np.uint8)]).view(np.uint32)
-
-
-def _part(words: _Words, w: PackedWeight, part: np.ndarray, rotated: int) -> list[int]:
+def _part(words: Words, w: PackedWeight, part: np.ndarray, rotated: int) -> list[int]:
     rows, instance, group, row_bytes = (int(v) for v in part[:4])
     table, bits, scale = instances()[instance]
     arrays = [tuple(map(int, pair)) for pair in part[4:].reshape(4, 2)]
@@ -169,11 +180,11 @@ def _part(words: _Words, w: PackedWeight, part: np.ndarray, rotated: int) -> lis
     return [rows, kind, group, line, *places]
 
 
-def _gguf(words: _Words, data: np.ndarray, rows: int, row_bytes: int, blocks: int) -> list[int]:
+def _gguf(words: Words, data: np.ndarray, rows: int, row_bytes: int, blocks: int) -> list[int]:
     """Places of the codes and of the scales of rows of blocks: a scale, 16 bytes of codes."""
     lines = data[: rows * row_bytes].reshape(rows, row_bytes)[:, : 17 * blocks]
     lines = lines.reshape(rows, blocks, 17)
     return [
-        words.add(lines[..., 1:].reshape(rows, -1)),
-        words.add(lines[..., 0].reshape(1, -1)),
+        words.add(lines[..., 1:]),
+        words.add(lines[None, ..., 0]),
     ]

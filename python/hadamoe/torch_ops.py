@@ -19,7 +19,7 @@ from .errors import ContractError
 
 Tensor = torch.Tensor
 
-#: The operators; `hadamoe.torch_mps` adds to them.
+#: The operators; `hadamoe.torch_gpu` adds to them.
 library = torch.library.Library("hadamoe", "DEF")
 
 

@@ -11,7 +11,7 @@ import torch
 from simt import metal
 
 import hadamoe
-from hadamoe import ops, torch_blocks, torch_layers, torch_mps
+from hadamoe import ops, torch_blocks, torch_gpu, torch_layers, torch_mps
 from hadamoe.errors import ContractError, DeviceError, UnsupportedError
 from hadamoe.verify import layers, samples
 
@@ -21,14 +21,14 @@ pytestmark = [
 ]
 
 OPERATORS = ("hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta")
+on_gpu = SimpleNamespace(**torch_mps.OPERATORS)
 
 
 @pytest.fixture
 def on_mps(monkeypatch):
     """Modules take the operators that tensors on "mps" would; the native ones raise."""
-    ours = SimpleNamespace(**{name: getattr(torch_mps, name) for name in OPERATORS})
-    monkeypatch.setattr(torch_layers, "operators", ours)
-    monkeypatch.setattr(torch_blocks, "operators", ours)
+    monkeypatch.setattr(torch_layers, "operators", on_gpu)
+    monkeypatch.setattr(torch_blocks, "operators", on_gpu)
     monkeypatch.setattr(torch_blocks.DecoderLayer, "in_parts", lambda self, device="cpu": True)
     monkeypatch.setattr(ops._cpu, "call", lambda *_: pytest.fail("a native op was called"))
 
@@ -66,7 +66,7 @@ def test_qmatmul(dtype):
     expert = torch.from_numpy(rng.integers(0, 3, (2, 3, 2)))
     table, buffers = torch.from_numpy(w.parts), [torch.from_numpy(b) for b in w.buffers]
     with metal.mps_installed(check=True):
-        got = torch_mps.qmatmul(x, table, expert, buffers, w.rows, dtype)
+        got = on_gpu.qmatmul(x, table, expert, buffers, w.rows, dtype)
     assert torch.equal(got, ops.qmatmul(x, w, expert=expert))
 
 
@@ -77,7 +77,7 @@ def test_gated_delta_writes_its_states():
     numbers = [2, 4, 16, 24, 1e-6]
     ours, native = ([torch.from_numpy(a.copy()) for a in arrays.values()] for _ in range(2))
     with metal.mps_installed(check=True):
-        got = torch_mps.gated_delta(*ours, *numbers, torch.float32)
+        got = on_gpu.gated_delta(*ours, *numbers, torch.float32)
     want = torch.ops.hadamoe.gated_delta(*native, *numbers, torch.float32)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     for a, b in zip(ours[-2:], native[-2:], strict=True):
@@ -91,4 +91,4 @@ def test_refusals(tmp_path):
         with pytest.raises(DeviceError, match="device='mps' is not there"):
             hadamoe.load(tmp_path, device="mps")
     with pytest.raises(ContractError, match="a part table is on meta, needs cpu"):
-        torch_mps._weight(torch.empty((1, 1, 12), device="meta"), [], 32)
+        torch_gpu.weight_of(torch.empty((1, 1, 12), device="meta"), [], 32)
