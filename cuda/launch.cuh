@@ -3,14 +3,12 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
 #include <utility>
 
-namespace hm {
+#include "table.h"
 
-struct Arguments {
-  const void* array[24];  // in order; nullptr for an absent one
-  int size[32];           // in order; a float as its bits
-};
+namespace hm {
 
 template <class T>
 struct Argument;
@@ -44,27 +42,34 @@ struct Call<void (*)(P...)> {
   }
 };
 
+// K::BLOCKS: blocks that a multiprocessor should hold at once, a bound for registers; 1 where K has none.
+template <class K, class = void>
+struct Blocks {
+  static constexpr int VALUE = 1;
+};
 template <class K>
-__global__ __launch_bounds__(K::THREADS) void kernel(const __grid_constant__ Arguments a) {
+struct Blocks<K, std::void_t<decltype(K::BLOCKS)>> {
+  static constexpr int VALUE = K::BLOCKS;
+};
+
+template <class K>
+__global__ __launch_bounds__(K::THREADS, Blocks<K>::VALUE) void kernel(const __grid_constant__ Arguments a) {
   using Run = Call<decltype(&K::run)>;
   Run::template run<K>(a, std::make_index_sequence<Run::PARAMETERS>());
 }
 
-struct Entry {
-  const char* name;  // its C++ text: hadamoe.cuda_plan.Launch.name
-  const void* kernel;
-};
-struct Table {
-  const Entry* entries;
-  int count;
-};
+template <class K>
+constexpr Entry entry(const char* name) {
+  using Run = Call<decltype(&K::run)>;
+  static_assert(Run::ARRAYS <= Arguments::ARRAYS && Run::PARAMETERS - Run::ARRAYS <= Arguments::SIZES);
+  return {name, reinterpret_cast<const void*>(&kernel<K>), Run::ARRAYS, Run::PARAMETERS - Run::ARRAYS, K::THREADS};
+}
 
 }  // namespace hm
 
-// The kernels that a file compiles: `hm::NAME_kernels`. cuda/kernels.h names all tables.
-#define HM_KERNEL(...) \
-  hm::Entry { #__VA_ARGS__, reinterpret_cast<const void*>(&hm::kernel<hm::__VA_ARGS__>) }
-#define HM_KERNELS(NAME, ...)                                              \
-  static const hm::Entry NAME##_entries[] = {__VA_ARGS__};                 \
-  extern const hm::Table hm_##NAME##_kernels;                              \
-  const hm::Table hm_##NAME##_kernels{NAME##_entries, int(sizeof(NAME##_entries) / sizeof(hm::Entry))}
+// The kernels that cuda/STEM.cu compiles.
+#define HM_KERNEL(...) hm::entry<hm::__VA_ARGS__>(#__VA_ARGS__)
+#define HM_KERNELS(STEM, ...)                             \
+  static const hm::Entry STEM##_entries[] = {__VA_ARGS__}; \
+  extern const hm::Table hm_##STEM##_kernels;              \
+  const hm::Table hm_##STEM##_kernels{STEM##_entries, int(sizeof(STEM##_entries) / sizeof(hm::Entry))}

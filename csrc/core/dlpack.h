@@ -36,5 +36,5 @@ struct DLPackExchangeAPI {
   void* managed_tensor_from_py_object_no_sync;
   void* managed_tensor_to_py_object_no_sync;
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);  // 0 on success
-  void* current_work_stream;
+  int (*current_work_stream)(DLDeviceType type, int32_t index, void** stream);  // 0 on success
 };
