@@ -38,8 +38,8 @@ struct ChosenRows {
   }
 };
 
-// y[slot, n] = W[expert[slot]][n] . x[slot / SLOTS], SLOTS to a token; x [.., K] as the experts want it.
-//   order: all slots, those of one expert side by side    dims: how many there are
+// y[slot, n] = W[its expert][n] . x[slot / SLOTS], SLOTS to a token; x [.., K] as the experts want it.
+//   order: all slots, those of one expert side by side    expert: theirs, in that order    dims: how many there are
 //   HEIGHT: rows of a simdgroup     TOKENS: slots of a threadgroup, each expert of theirs at a time
 // groups: (blocks of rows, slots / TOKENS)
 template <int K, int N, int SLOTS, int PARTS, int HEIGHT, int TOKENS, int THREADS, int... KINDS, class E, class O,
@@ -50,8 +50,8 @@ METAL_FUNC void moe_experts(const device float* x, E expert, O order, D dims, co
   if (first >= N) return;
   const uint end = min((at.group.y + 1) * TOKENS, uint(dims[0]));
   for (uint begin = at.group.y * TOKENS, next; begin < end; begin = next) {
-    const uint e = expert[order[begin]];
-    for (next = begin + 1; next < end && uint(expert[order[next]]) == e; next++) {}
+    const uint e = expert[begin];
+    for (next = begin + 1; next < end && uint(expert[next]) == e; next++) {}
     ChosenRows<K, N, HEIGHT, TOKENS> product;
     product.words = words, product.lane = at.lane;
     EACH(t, TOKENS) {

@@ -37,7 +37,7 @@ class Front(NamedTuple):
         plans: launch plans of the GPU's kernels.
         array: a numpy array in the device's memory.
         run: the outputs of a launch over named input arrays; lists of integers are int32.
-        argsort, sigmoid: of an array.
+        argsort: stable, of integers.
         concatenate: arrays along their first axis.
         rms_norm: of x, gamma and eps, along the last axis.
     """
@@ -46,7 +46,6 @@ class Front(NamedTuple):
     array: Callable[[np.ndarray], Any]
     run: Callable[[Any, Mapping[str, Any]], list[Any]]
     argsort: Callable[[Any], Any]
-    sigmoid: Callable[[Any], Any]
     concatenate: Callable[[list[Any]], Any]
     rms_norm: Callable[[Any, Any, float], Any]
 
@@ -135,6 +134,7 @@ def product(
     expert: Any = None,
     residual: Any = None,
     rotated: bool = False,
+    pairs: Mapping[str, Any] | None = None,
 ) -> Any:
     """``residual + rotate(rmsnorm(x)) @ W^T``, for any number of tokens.
 
@@ -144,6 +144,7 @@ def product(
         expert: i32 ``[t, a]``, or None.
         residual: of the result's shape, or None.
         rotated: x has been through the weight's rotation.
+        pairs: of `_ordered`, if it is known.
 
     Returns:
         ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
@@ -162,9 +163,7 @@ def product(
     if front.plans.products.in_tiles(tokens, w.plan, slots):
         arrays["count"] = [tokens * max(slots, 1)]
         if expert is not None:
-            flat = expert.reshape(-1)
-            arrays["order"] = front.argsort(flat)
-            arrays["expert"] = flat[arrays["order"]]
+            arrays |= pairs or _ordered(front, expert, w.plan.experts)
     return run_all(front, steps, arrays | {"x": x})
 
 
@@ -291,28 +290,45 @@ def _many(
     logits = product(front, y, resident(front, weights.router, weights.shared_gate))
     launch = front.plans.moe.route(tokens, weights.gate_up.experts, top_k, normalize=normalize)
     expert, share = front.run(launch, {"logits": logits})
+    pairs = _ordered(front, expert, weights.gate_up.experts)
 
-    def swiglu(both: Any) -> Any:
-        middle = both.shape[-1] // 2
-        gate, up = both[..., :middle], both[..., middle:]
-        return gate * front.sigmoid(gate) * up
+    both = _chosen(front, y, gate_up, expert, pairs).reshape(tokens * top_k, -1)
+    inner, flat = _swiglu(front, both), expert.reshape(-1, 1)
+    arrays = {
+        "routed": _chosen(front, inner, down, flat, pairs),
+        "own": product(front, _swiglu(front, product(front, y, gate_up.own)), down.own),
+        "share": share,
+        "residual": x,
+    }
+    launch = front.plans.moe.join(tokens, hidden, top_k, residual=norm is not None)
+    return front.run(launch, arrays)[0]
 
-    inner = swiglu(_chosen(front, y, gate_up, expert)).reshape(tokens * top_k, -1)
-    routed = _chosen(front, inner, down, expert.reshape(-1, 1)).reshape(tokens, top_k, hidden)
-    own = product(front, swiglu(product(front, y, gate_up.own)), down.own)
-    y = (share[:, :top_k, None] * routed).sum(1) + share[:, top_k:] * own
-    return y if norm is None else x + y
+
+def _ordered(front: Front, expert: Any, experts: int) -> dict[str, Any]:
+    """Pairs of a token and an expert, those of one expert side by side: ``order``, their places in
+    ``expert``, and ``expert``, theirs."""
+    flat = expert.reshape(-1)
+    launch = front.plans.moe.order(flat.shape[0], experts)
+    if launch is None:
+        order = front.argsort(flat)
+        return {"order": order, "expert": flat[order]}
+    return dict(zip(("order", "expert"), front.run(launch, {"expert": flat}), strict=True))
 
 
-def _chosen(front: Front, x: Any, w: Experts, expert: Any) -> Any:
-    """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``."""
+def _swiglu(front: Front, both: Any) -> Any:
+    """silu(gate) * up of ``[r, gate | up]``."""
+    launch = front.plans.moe.swiglu(both.shape[0], both.shape[1] // 2)
+    return front.run(launch, {"x": both})[0]
+
+
+def _chosen(front: Front, x: Any, w: Experts, expert: Any, pairs: Mapping[str, Any]) -> Any:
+    """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``, ordered in pairs."""
     tokens, slots = expert.shape
     if front.plans.products.in_tiles(tokens, w.plan, slots):
-        return product(front, x, w.routed, expert=expert)
+        return product(front, x, w.routed, expert=expert, pairs=pairs)
     r = w.plan.rotation
     if r is not None:
         x = hadamard(front, x, block=r.block, pre=w.arrays["pre"], post=w.arrays["post"])
-    order = front.argsort(expert.reshape(-1))
-    arrays = {"x": x, "expert": expert, "order": order, "dims": [tokens * slots]}
+    arrays = w.arrays | pairs | {"x": x, "dims": [tokens * slots]}
     launch = front.plans.moe.product(tokens, slots, w.routed.plan)
-    return front.run(launch, w.arrays | arrays)[0]
+    return front.run(launch, arrays)[0]

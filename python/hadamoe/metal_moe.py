@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .gpu_plan import Output
 from .gpu_weight import GpuWeight
-from .metal_plan import Launch, float_bits
+from .metal_plan import THREADS, Launch, float_bits
 from .metal_products import TOKENS, lanes, shared_columns, table_files
 
 #: Experts of a token at most: a lane remembers one.
@@ -161,6 +161,37 @@ def route(tokens: int, experts: int, top_k: int, *, normalize: bool) -> Launch:
         ),
         (tokens, 1, 1),
         32,
+    )
+
+
+def order(pairs: int, experts: int) -> None:
+    """None: the framework sorts a prompt's pairs by their experts."""
+
+
+def swiglu(rows: int, width: int) -> Launch:
+    """``y [rows, width] = silu(gate) * up`` of ``x [rows, gate | up]``."""
+    return Launch(
+        "moe_swiglu",
+        "moe_prompt",
+        {"WIDTH": width, "THREADS": THREADS},
+        {"x": None},
+        (Output("y", (rows, width), "float32"),),
+        (-(-width // THREADS), rows, 1),
+        THREADS,
+    )
+
+
+def join(tokens: int, width: int, top_k: int, *, residual: bool) -> Launch:
+    """``y[t, n]``: what ``routed [t, top_k, n]`` and ``own [t, n]`` add up to by ``share``, and
+    ``residual``."""
+    return Launch(
+        "moe_join",
+        "moe_prompt",
+        {"WIDTH": width, "TOP_K": top_k, "THREADS": THREADS},
+        {"routed": None, "own": None, "share": None, "residual": None if residual else "float"},
+        (Output("y", (tokens, width), "float32"),),
+        (-(-width // THREADS), tokens, 1),
+        THREADS,
     )
 
 

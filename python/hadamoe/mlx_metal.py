@@ -75,7 +75,7 @@ def _argument(a: mx.array | Sequence[int]) -> mx.array:
 
 FRONT = Front(
     Plans(metal_products, metal_moe, metal_delta),
-    *(mx.array, run, mx.argsort, mx.sigmoid, mx.concatenate, mx.fast.rms_norm),
+    *(mx.array, run, mx.argsort, mx.concatenate, mx.fast.rms_norm),
 )
 resident = partial(gpu_calls.resident, FRONT)
 product = partial(gpu_calls.product, FRONT)

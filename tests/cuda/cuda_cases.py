@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from simt import cuda_launch
 
-from hadamoe import cuda_products, gpu_calls
+from hadamoe import cuda_moe, cuda_products, gpu_calls
 
-PLANS = gpu_calls.Plans(cuda_products, None, None)
+PLANS = gpu_calls.Plans(cuda_products, cuda_moe, None)
 #: CPU tensors, launches in the simulator.
 FRONT = gpu_calls.Front(
     PLANS,
     lambda a: torch.from_numpy(np.ascontiguousarray(a)),
     lambda launch, arrays: cuda_launch.run(launch, arrays),
     lambda a: torch.argsort(a, stable=True).to(torch.int32),
-    torch.sigmoid,
     torch.cat,
     lambda x, gamma, eps: torch.nn.functional.rms_norm(x, gamma.shape, gamma, eps),
 )
