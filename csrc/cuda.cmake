@@ -15,7 +15,7 @@ elseif(hm_cuda STREQUAL "pypi")
     message(FATAL_ERROR "HM_CUDA=pypi: ${Python_EXECUTABLE} has no nvcc; its packages are in pyproject.toml, at HM_CUDA")
   endif()
   set(CMAKE_CUDA_COMPILER "${hm_cuda_root}/bin/nvcc")
-  set(CMAKE_CUDA_FLAGS_INIT "-L${hm_cuda_root}/lib")  # nvcc itself looks in lib64
+  set(ENV{LIBRARY_PATH} "${hm_cuda_root}/lib:$ENV{LIBRARY_PATH}")  # for CMake's trials: nvcc itself looks in lib64
 endif()
 
 include(CheckLanguage)

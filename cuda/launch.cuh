@@ -42,10 +42,10 @@ struct Call<void (*)(P...)> {
   }
 };
 
-// K::BLOCKS: blocks that a multiprocessor should hold at once, a bound for registers; 1 where K has none.
+// K::BLOCKS: blocks that a multiprocessor should hold at once, a bound for registers; 0 is none.
 template <class K, class = void>
 struct Blocks {
-  static constexpr int VALUE = 1;
+  static constexpr int VALUE = 0;
 };
 template <class K>
 struct Blocks<K, std::void_t<decltype(K::BLOCKS)>> {
