@@ -120,6 +120,11 @@ def resident(front: Front, *weights: PackedWeight) -> Resident:
     return _once(front, _side_by_side, *weights)
 
 
+def experts(front: Front, weight: PackedWeight, shared: PackedWeight) -> Experts:
+    """Experts and the shared one in the device's memory; made once while they live."""
+    return _once(front, _experts, weight, shared)
+
+
 def dtype_name(dtype: Any) -> str:
     """A framework's dtype as numpy names it."""
     return str(dtype).rpartition(".")[2]
@@ -173,6 +178,21 @@ def run_all(front: Front, steps: Sequence[Step], arrays: Mapping[str, Any]) -> A
     for launch, to in steps:
         arrays[to] = front.run(launch, arrays)[0]
     return arrays[to]
+
+
+def largest(front: Front, x: Any, top: int, **given: Any) -> tuple[Any, Any]:
+    """The ``top`` largest numbers of each row of f32 ``[t, n]`` and their places, i32: ``[t, top]``
+    each; equal ones by place.
+
+    Args:
+        given: ``values`` or ``index``: arrays the last launch writes.
+    """
+    index = None
+    launches = front.plans.products.largest(*x.shape, top)
+    for i, launch in enumerate(launches):
+        last = given if i + 1 == len(launches) else {}
+        x, index = front.run(launch, {"x": x, "from": index} | last)
+    return x, index
 
 
 def hadamard(front: Front, x: Any, *, block: int | None, pre: Any, post: Any) -> Any:
@@ -265,8 +285,8 @@ def _few(
 ) -> Any:
     """x ``[t, hidden]`` through three launches."""
     tokens, hidden = x.shape
-    gate_up = _once(front, _experts, weights.gate_up, weights.shared_gate_up)
-    down = _once(front, _experts, weights.down, weights.shared_down)
+    gate_up = experts(front, weights.gate_up, weights.shared_gate_up)
+    down = experts(front, weights.down, weights.shared_down)
     logits = product(front, x, resident(front, weights.router, weights.shared_gate), norm=norm)
     eps = None if norm is None else norm[1]
     launch = front.plans.moe.gate_up(tokens, gate_up.plan, gate_up.shared, top_k, hidden, norm=eps)
@@ -283,8 +303,8 @@ def _many(
     front: Front, x: Any, weights: MoeWeights, *, top_k: int, normalize: bool, norm: Any
 ) -> Any:
     """As `_few`: tokens in the order of their experts, whose codes are read for several at once."""
-    gate_up = _once(front, _experts, weights.gate_up, weights.shared_gate_up)
-    down = _once(front, _experts, weights.down, weights.shared_down)
+    gate_up = experts(front, weights.gate_up, weights.shared_gate_up)
+    down = experts(front, weights.down, weights.shared_down)
     tokens, hidden = x.shape
     y = x if norm is None else front.rms_norm(x, *norm)
     logits = product(front, y, resident(front, weights.router, weights.shared_gate))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import _cpu, torch_mps  # noqa: F401  torch_mps registers its operators
+from . import _cpu, torch_cuda, torch_mps  # noqa: F401  these register their operators
 from .packed import PackedWeight, pack
 from .torch_ops import as_tensor, operators
 from .weight import Rotation, Weight, fuse_rows
@@ -41,12 +41,12 @@ class Stored(nn.Module):
             self.register_buffer(name, None if v is None else f32(v), persistent=False)
 
 
-class _Fused(Stored):
+class Fused(Stored):
     """Matrices of one input under one rotation: at most one hadamard, then one qmatmul."""
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
-        self.rows, r = weight.rows, weight.rotation
+        self.rows, self.columns, r = weight.rows, weight.columns, weight.rotation
         self.store(parts=pack(weight))
         self.block = None if r is None else r.block or 0
         self.keep(pre=r and r.pre, post=r and r.post)
@@ -77,7 +77,7 @@ class QLinear(nn.Module):
         for i, w in enumerate(weights):
             groups.setdefault(w.rotation, []).append(i)
         self.fused = nn.ModuleList(
-            _Fused(fuse_rows([weights[i] for i in g])) for g in groups.values()
+            Fused(fuse_rows([weights[i] for i in g])) for g in groups.values()
         )
         self.sizes = [[weights[i].rows for i in g] for g in groups.values()]
         order = [i for g in groups.values() for i in g]
