@@ -22,14 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from steps import attempt, attempts
 
 from hadamoe import Weight, bench, inspect, mlx_metal, ops, synth
 
@@ -183,26 +183,6 @@ def speed(directory: Path, options: dict[str, Any], context: int, tokens: int) -
 
 
 # ---- the report
-
-
-def attempt(step: Callable[[], Any]) -> Any:
-    """What a step measured, or how it broke."""
-    try:
-        return step()
-    except Exception as error:
-        traceback.print_exc()
-        return {"broke": f"{type(error).__name__}: {error}", "where": traceback.format_exc()}
-
-
-def attempts(rows: Iterator[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> list[Any]:
-    """The rows of a step as far as it came; each is shown when it is there."""
-    found = []
-    while True:
-        row = attempt(lambda: next(rows, None))
-        if row is None:
-            return found
-        found.append(row)
-        print(show(row) if "broke" not in row else f"broke: {row['broke']}", flush=True)
 
 
 def machine() -> dict[str, Any]:

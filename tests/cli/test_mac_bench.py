@@ -25,6 +25,7 @@ def mac(monkeypatch):
     spec = importlib.util.spec_from_file_location("mac", ROOT / "bench" / "mac.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "mac", module)
+    monkeypatch.syspath_prepend(ROOT / "bench")
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "BUDGET", 0.0)
     monkeypatch.setattr(bench, "SHAPES", {"dense": (64, 256), "experts": (32, 256)})
