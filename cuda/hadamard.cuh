@@ -16,7 +16,6 @@ struct hadamard {
     const Rotation r{pre, post, columns, wide, block, pres, posts};
     float *row = shared_memory<float>(), *partial = row + padded(span);
     const uint begin = blockIdx.y * span;
-    let_next_start();
     wait_for_previous();
     float square = rotate<COUNT>(r, x, size_t(blockIdx.x) * columns, x_dtype, gamma, row, begin, span);
     float inverse = 1.0f;
@@ -40,7 +39,6 @@ struct hadamard_join {
     const Rotation r{nullptr, post, wide, wide, block, 1, posts};
     const uint j = blockIdx.y * THREADS + threadIdx.x;
     const size_t row = size_t(blockIdx.x) * wide;
-    let_next_start();
     wait_for_previous();
     float v[COUNT];
     EACH(m, COUNT) v[m] = j + span * m < uint(wide) ? pieces[row + j + span * m] : 0.0f;

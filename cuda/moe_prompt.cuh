@@ -21,7 +21,6 @@ struct moe_route {
   static __device__ void run(const float* logits, int* expert, float* share, int tokens, int experts, int top_k,
                              int normalize) {
     const size_t t = blockIdx.x * (THREADS / 32) + warp_index();
-    let_next_start();
     wait_for_previous();
     if (t >= size_t(tokens)) return;
     logits += t * (experts + 1);
@@ -46,7 +45,6 @@ struct moe_order {
     constexpr int WARPS = THREADS / 32;
     uint* counts = shared_memory<uint>();  // of lower experts, then of this one, warp by warp
     const uint e = blockIdx.x, lane = lane_index(), warp = warp_index();
-    let_next_start();
     wait_for_previous();
     const int piece = (pairs + THREADS - 1) / THREADS * 32, begin = int(warp) * piece;
     const int end = min(begin + piece, pairs);
@@ -75,7 +73,6 @@ struct moe_swiglu {
   static constexpr int THREADS = 128;
   static __device__ void run(const float* x, float* y, int width) {
     const size_t row = blockIdx.x;
-    let_next_start();
     wait_for_previous();
     for (int i = 8 * int(blockIdx.y * THREADS + threadIdx.x); i < width; i += 8 * int(gridDim.y) * THREADS) {
       float gate[8], up[8];
@@ -93,7 +90,6 @@ struct moe_join {
   static __device__ void run(const float* routed, const float* own, const float* share, const float* residual, float* y,
                              int width, int top_k) {
     const size_t t = blockIdx.x;
-    let_next_start();
     wait_for_previous();
     share += t * (top_k + 1);
     for (int i = 8 * int(blockIdx.y * THREADS + threadIdx.x); i < width; i += 8 * int(gridDim.y) * THREADS) {

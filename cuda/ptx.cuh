@@ -4,16 +4,13 @@
 
 namespace hm {
 
-// What earlier launches write is there, and what they read is no longer needed. A launch may begin before its
-// predecessors end (programmatic dependent launch); weights may be read before this.
+// A launch may begin before the one in front of it ends (programmatic dependent launch), and this waits for that end:
+// what was written is there, what was read is no longer needed. The next launch may begin when all blocks have passed
+// this (a block that ends without it counts too: wait first), and not sooner: so before it, a kernel may read what the
+// launch in front of it does not write, such as weights.
 __device__ inline void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// The next launch may begin, up to its own wait.
-__device__ inline void let_next_start() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
