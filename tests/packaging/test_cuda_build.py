@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import ninja
 import numpy as np
 import pytest
 from fake_cuda import HOST, STREAMS, Array, Runtime
+from simt import cuda_launch
 
 from hadamoe.errors import ContractError, DeviceError
 
@@ -73,12 +73,6 @@ def built(tmp_path_factory) -> Built:
     return Built(folder, log)
 
 
-def named_in_sources() -> list[str]:
-    """Names of the kernels that the files list."""
-    texts = [file.read_text() for file in cuda_kernels.FILES]
-    return [name for text in texts for name in re.findall(r"HM_KERNEL\(([^)]+)\)", text)]
-
-
 def import_module(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -88,7 +82,7 @@ def import_module(name: str, path: Path) -> ModuleType:
 
 def test_every_kernel_of_the_sources_is_compiled(built):
     compiled = [kernel.name for kernel in built.kernels]
-    assert sorted(compiled) == sorted(named_in_sources())
+    assert sorted(compiled) == sorted(cuda_launch.compiled())
     assert {kernel.architecture for kernel in built.kernels} == {ARCHITECTURE}
 
 
@@ -140,7 +134,7 @@ for ask in (cuda.devices, lambda: cuda.device(0), lambda: cuda.load(0)):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels, architectures, *errors = done.stdout.splitlines()
-    assert kernels == str(named_in_sources())
+    assert kernels == str(list(cuda_launch.compiled()))
     assert architectures == f"{ARCHITECTURE}-real"
     if not Path("/dev/nvidiactl").exists():
         assert errors == ["DeviceError CUDA: there is no NVIDIA driver on this machine"] * 3

@@ -6,6 +6,7 @@ with sizes as run-time arguments, as they are compiled for a GPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -32,9 +33,17 @@ _TYPES = {
 
 
 @cache
+def compiled() -> tuple[str, ...]:
+    """Names of the kernels that ``cuda/*.cu`` list, in the order of `_cuda`'s table."""
+    texts = [file.read_text() for file in sorted(FOLDER.glob("*.cu"))]
+    names = [name for text in texts for name in re.findall(r"HM_KERNEL\(([^)]+)\)", text)]
+    return tuple(" ".join(name.split()) for name in names)
+
+
+@cache
 def _kernel(
     file: str, name: str, arrays: tuple[tuple[str | None, bool], ...], sizes: tuple[type, ...],
-    check: bool, contract: bool,
+    threads: int, check: bool, contract: bool,
 ) -> Kernel:  # fmt: skip
     """arrays: element type or None for an absent one, whether it is written."""
     parameters, arguments = [], []
@@ -48,7 +57,9 @@ def _kernel(
         parameters.append(f"{kind.__name__} s{i}")
         arguments.append(f"s{i}")
     text = (
-        f'#include "{file}.cuh"\n__global__ void entry({", ".join(parameters)}) {{\n'
+        f'#include "{file}.cuh"\n'
+        f"static_assert({threads} <= hm::{name}::THREADS);\n"
+        f"__global__ void entry({', '.join(parameters)}) {{\n"
         f"  hm::{name}::run({', '.join(arguments)});\n}}\n"
     )
     return compile_kernel(text, "entry", [FOLDER], check=check, contract=contract)
@@ -71,6 +82,8 @@ def run(launch: Any, arrays: Mapping[str, torch.Tensor | Sequence[int]]) -> list
         arrays: every input that is not absent and outputs that are there, by name; integers are
             handed over as int32.
     """
+    if launch.name not in compiled():
+        raise LookupError(f"{launch.name} is in no HM_KERNELS of cuda/*.cu, so _cuda lacks it")
     options, log = session.current(launch.name)
     inputs = [
         (a if isinstance(a, torch.Tensor) else torch.tensor(a, dtype=torch.int32)).contiguous()
@@ -88,8 +101,8 @@ def run(launch: Any, arrays: Mapping[str, torch.Tensor | Sequence[int]]) -> list
     kinds += [(_name(out), True) for out in outputs]
     sizes = tuple(launch.sizes.values())
     kernel = _kernel(
-        launch.file, launch.name, tuple(kinds), tuple(map(type, sizes)), options.check,
-        options.contract,
+        launch.file, launch.name, tuple(kinds), tuple(map(type, sizes)), launch.threads,
+        options.check, options.contract,
     )  # fmt: skip
     names = [*launch.present, *(out.name for out in launch.outputs), *launch.sizes]
     threads = (launch.threads, 1, 1)
