@@ -37,7 +37,7 @@ from gpu_kernels import (
 from gpu_models import Sizes, models, show_model, tiny
 from steps import attempt, attempts
 
-from hadamoe import bench, synth, torch_cuda
+from hadamoe import _cuda, bench, synth
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,7 +85,7 @@ def sanitize(clock: Clock) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """The GPU, its driver, and what `bench.machine` says of the rest."""
-    return bench.machine() | {"gpu": torch_cuda.device_facts()}
+    return bench.machine() | {"gpu": _cuda.device(0), "compiled_for": _cuda.architectures()}
 
 
 def measure(folder: Path, sizes: Sizes, built: float) -> tuple[dict[str, Any], list[str]]:

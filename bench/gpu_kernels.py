@@ -12,6 +12,7 @@ from steps import attempt
 
 from hadamoe import Weight, bench, gpu_calls, ops, torch_cuda
 
+DEVICE = torch.device("cuda", 0)
 EXPERTS = 8
 #: (rows, columns) of products; the head is the model's own.
 SHAPES = {**bench.SHAPES, "head": (248320, 2048)}
@@ -54,7 +55,7 @@ def seconds(call: Callable[[], Any], repeats: int = 10) -> float:
 
 def copy_rate(nbytes: int) -> float:
     """1e9 bytes a second, read and written, of a copy too large for any cache."""
-    x = torch.empty(nbytes // 4, device=torch_cuda.DEVICE).normal_()
+    x = torch.empty(nbytes // 4, device=DEVICE).normal_()
     y = torch.empty_like(x)
     return 2 * nbytes / seconds(lambda: y.copy_(x)) / 1e9
 
@@ -78,7 +79,7 @@ def weights(
 ) -> tuple[list[tuple[Any, Any]], int]:
     """(a resident weight, experts or None) of each call, and bytes of one call's codes, scales and
     biases for one token."""
-    front = torch_cuda.front(torch_cuda.DEVICE)
+    front = torch_cuda.front(DEVICE)
     pool = bench.Pool(instance, rows, columns, pool_bytes, least=1 if what == "head" else EXPERTS)
     parts = [pool.part(i) for i in range(pool.matrices)]
     if what != "experts":
@@ -95,7 +96,7 @@ def weights(
 def product(instance: Any, what: str, rows: int, columns: int, pool_bytes: int) -> dict[str, Any]:
     """1e9 bytes a second of one token, and the time of 4 and 8 over it, through a pool of weights.
     Several tokens of experts have the same ones."""
-    front = torch_cuda.front(torch_cuda.DEVICE)
+    front = torch_cuda.front(DEVICE)
     calls, nbytes = weights(instance, what, rows, columns, pool_bytes)
     times = {}
     for tokens in (1, 4, 8):
@@ -117,10 +118,10 @@ def product(instance: Any, what: str, rows: int, columns: int, pool_bytes: int) 
 
 def hadamards(copy: float) -> Iterator[dict[str, Any]]:
     """The rotation's time over that of copying as many bytes, in bf16 and f32."""
-    front = torch_cuda.front(torch_cuda.DEVICE)
+    front = torch_cuda.front(DEVICE)
     for columns, block in ((512, None), (2048, 128), (2048, None), (4096, 128), (8192, None)):
         for dtype in (torch.bfloat16, torch.float32):
-            x = torch.randn(1 << 28, device=torch_cuda.DEVICE).to(dtype).view(-1, columns)
+            x = torch.randn(1 << 28, device=DEVICE).to(dtype).view(-1, columns)
             took = seconds(
                 lambda a=(x, block): gpu_calls.hadamard(
                     front, a[0], block=a[1], pre=None, post=None
@@ -135,11 +136,11 @@ def hadamards(copy: float) -> Iterator[dict[str, Any]]:
 
 def prompts(clock: Clock) -> Iterator[dict[str, Any]]:
     """TFLOP/s of a dense product of a prompt, beside torch's bf16 matmul of the same shape."""
-    front = torch_cuda.front(torch_cuda.DEVICE)
+    front = torch_cuda.front(DEVICE)
     rows, columns = bench.SHAPES["dense"]
     for tokens in PROMPT_TOKENS:
-        a = torch.randn(tokens, columns, device=torch_cuda.DEVICE, dtype=torch.bfloat16)
-        b = torch.randn(rows, columns, device=torch_cuda.DEVICE, dtype=torch.bfloat16)
+        a = torch.randn(tokens, columns, device=DEVICE, dtype=torch.bfloat16)
+        b = torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16)
         flops = 2 * tokens * rows * columns
         torch_rate = flops / seconds(lambda a=a, b=b: a @ b.T) / 1e12
         x = a.float()

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_kernels import Clock
+from gpu_kernels import DEVICE, Clock
 from steps import attempt
 
 import hadamoe
-from hadamoe import inspect, synth, torch_cuda, torch_run
+from hadamoe import inspect, synth, torch_run
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def models(folder: Path, copy: float, sizes: Sizes, clock: Clock) -> Iterator[di
             synth.plan(name, synth.PRESETS[sizes.shape]).write(directory)
             per_token = inspect.describe(directory).token_bytes
             start = time.perf_counter()
-            model, _ = hadamoe.load(directory, device=torch_cuda.DEVICE)
+            model, _ = hadamoe.load(directory, device=DEVICE)
             row = {"format": name, "load_s": time.perf_counter() - start}
             row |= attempt(lambda m=model: speed(m, sizes))
             if "decode" in row:
@@ -120,7 +120,7 @@ def long_context(directory: Path, sizes: Sizes) -> dict[str, Any]:
     """Decoding behind a long prompt, over each cache."""
     rates = {}
     for kv in ("bf16", "hk4v3"):
-        model, _ = hadamoe.load(directory, device=torch_cuda.DEVICE, kv=kv)
+        model, _ = hadamoe.load(directory, device=DEVICE, kv=kv)
         rates[kv] = torch_run.generate(model, ids(sizes.context), 64).decode_rate
         del model
         gc.collect()
@@ -133,7 +133,7 @@ def tiny(folder: Path) -> None:
     for name in synth.FORMATS:
         synth.plan(name, synth.TINY).write(folder / name)
         for kv in ("bf16", "hk4v3"):
-            model, _ = hadamoe.load(folder / name, device=torch_cuda.DEVICE, kv=kv)
+            model, _ = hadamoe.load(folder / name, device=DEVICE, kv=kv)
             torch_run.generate(model, ids(70), 5)
 
 
