@@ -26,4 +26,17 @@ __device__ inline void multiply_bytes(int* d, const unsigned* a, const unsigned*
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Copies from global to shared memory that go on behind the program: 4, 8 or 16 bytes, aligned to their size.
+template <int BYTES>
+__device__ inline void copy_async(void* to, const void* from) {
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+  else if (BYTES == 8) asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(place), "l"(from) : "memory");
+}
+// This thread's copies since the last commit are a group.
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All of this thread's groups have arrived.
+__device__ inline void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
 }  // namespace hm

@@ -228,17 +228,21 @@ def gated_delta(
     eps: float,
     mask: Any = None,
     lengths: Any = None,
+    in_place: bool = False,
 ) -> list[Any]:
     """[y, conv_state, state] after the tokens of proj ``[b, t, ...]``.
 
     Args:
         arrays: proj, conv_weight, a_log, dt_bias, norm, conv_state, state, as in
-            `ops.gated_delta`; states are left as they are.
+            `ops.gated_delta`.
         mask: bool ``[b, t]``: False makes a token's projections 0; None for none.
         lengths: i32 ``[b]``: tokens behind leave the states as they are, their y is 0.
+        in_place: the states are replaced, where the GPU's plan can; else they are left as they are.
     """
+    names = ("proj", "conv_weight", "a_log", "dt_bias", "norm", "conv_state", "state")
+    named = dict(zip(names, arrays, strict=True)) | {"mask": mask, "lengths": lengths}
     proj, conv_weight = arrays[:2]
-    launch = front.plans.delta.gated_delta(
+    launches = front.plans.delta.gated_delta(
         *proj.shape[:2],
         heads,
         head_dims,
@@ -248,8 +252,13 @@ def gated_delta(
         mask=mask is not None,
         lengths=lengths is not None,
     )
-    named = dict(zip(launch.inputs, arrays, strict=False))
-    return front.run(launch, named | {"mask": mask, "lengths": lengths, "dims": [proj.shape[1]]})
+    named["dims"] = [proj.shape[1]]
+    if in_place:
+        named |= {"new_conv_state": named["conv_state"], "new_state": named["state"]}
+    for launch in launches:
+        made = front.run(launch, named)
+        named |= {out.name: a for out, a in zip(launch.outputs, made, strict=True)}
+    return [named["y"], named["new_conv_state"], named["new_state"]]
 
 
 def moe(

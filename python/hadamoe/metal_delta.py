@@ -17,8 +17,9 @@ def gated_delta(
     eps: float,
     mask: bool = False,
     lengths: bool = False,
-) -> Launch:
-    """`hadamoe.mlx.gated_delta`: y and new states, a threadgroup per sequence and value head.
+) -> list[Launch]:
+    """`hadamoe.mlx.gated_delta`: y and new states in one launch, a threadgroup per sequence and
+    value head.
 
     Args:
         tokens: t, handed to the kernel in the input ``dims``.
@@ -41,7 +42,7 @@ def gated_delta(
         Output("new_state", (batch, hv, dk, dv), "float32"),
     )
     memory = 2 * dk + dv + THREADS // wide * dv
-    return Launch(
+    launch = Launch(
         "gated_delta",
         "gated_delta",
         constants | {"EPS": float_bits(eps)},
@@ -51,3 +52,4 @@ def gated_delta(
         THREADS,
         (("float", memory), ("float2", THREADS // 32)),
     )
+    return [launch]

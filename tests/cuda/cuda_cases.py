@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from simt import cuda_launch
 
-from hadamoe import cuda_moe, cuda_products, gpu_calls
+from hadamoe import cuda_delta, cuda_moe, cuda_products, gpu_calls
 
-PLANS = gpu_calls.Plans(cuda_products, cuda_moe, None)
+PLANS = gpu_calls.Plans(cuda_products, cuda_moe, cuda_delta)
 #: CPU tensors, launches in the simulator.
 FRONT = gpu_calls.Front(
     PLANS,
