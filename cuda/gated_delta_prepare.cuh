@@ -83,7 +83,6 @@ struct delta_prepare {
     float weight[PIECES][TAPS];
     load_weights(conv_weight, channel, n, taps, weight);
     wait_for_previous();
-    let_next_start();  // so late: the next launch reads the layer's state before its own wait
     const int end = tokens_of(lengths, b, tokens), stop = min(end, first + tile);
     convolve(input, weight, channel, n, first, stop, length, qkv + row * heads.channels() + channel, heads.channels());
     const int t = first + lane_index();

@@ -100,9 +100,8 @@ struct delta_scan {
     const int begin = blockIdx.x * COLUMNS, h = blockIdx.y, b = blockIdx.z, key = h / (hv / hk) * dk;
     const int mine = 8 * warp_index() + lane_index() % 8, column = begin + mine, above = lane_index() / 8 * 4;
     const size_t row = size_t(b) * tokens, first = (size_t(b) * hv + h) * dk * dv + column;
-    let_next_start();
     float s[ROWS], *ring = shared_memory<float>();
-    EACH(i, ROWS) {  // before the wait: prepare began when all before it had ended, and writes none of this
+    EACH(i, ROWS) {  // before the wait: prepare does not write it
       const int r = i / 4 * 16 + above + i % 4;
       s[i] = r < dk && column < dv ? state[first + size_t(r) * dv] : 0.0f;
     }
@@ -134,7 +133,6 @@ struct delta_norm {
     const Heads heads{hk, hv, dk, dv};
     const size_t unit = size_t(blockIdx.x) * (THREADS / 32) + warp_index(), row = unit / hv;
     const int h = int(unit % hv);
-    let_next_start();
     wait_for_previous();
     if (row >= size_t(rows)) return;
     const bool there = int(row % tokens) < tokens_of(lengths, int(row / tokens), tokens), seen = !mask || mask[row];

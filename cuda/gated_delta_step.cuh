@@ -89,8 +89,7 @@ struct delta_step {
     Shared& at = *shared_memory<Shared>();
     const int key = blockIdx.y, h = key * gridDim.x + blockIdx.x, b = blockIdx.z, head = b * hv + h, c = threadIdx.x;
     const size_t first = size_t(head) * dk * dv;
-    let_next_start();
-    // Before the wait: prepare began when all before it had ended, and writes none of this.
+    // Before the wait: prepare writes none of this.
     float s[ROWS][4];
     load_state(state + first, dk, dv, s);
     const bool there = tokens_of(lengths, b, 1) > 0;

@@ -40,9 +40,7 @@ def gated_delta(
     """
     (hk, hv), (dk, dv) = heads, head_dims
     if max(dk, dv) > HEAD:
-        raise UnsupportedError(
-            f"gated_delta: heads of {dk} and {dv} numbers, on CUDA {HEAD} at most"
-        )
+        raise UnsupportedError(f"gated_delta: heads of {dk} and {dv}, on CUDA {HEAD} at most")
     if taps > TAPS:
         raise UnsupportedError(f"gated_delta: {taps} taps, on CUDA {TAPS} at most")
     sizes = {"hk": hk, "hv": hv, "dk": dk, "dv": dv}
