@@ -31,7 +31,7 @@ import mlx.core as mx
 import numpy as np
 from steps import attempt, attempts
 
-from hadamoe import Weight, bench, inspect, mlx_metal, ops, synth
+from hadamoe import Weight, bench, inspect, mlx_gpu, ops, synth
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What mlx-lm itself reads.
@@ -112,14 +112,14 @@ def product(instance: Any, what: str, rows: int, columns: int, pool_bytes: int) 
         packed = [ops.pack(Weight(columns, tuple((part,) for part in parts[:count])))]
         picks = np.random.default_rng(2).permutation(count).astype(np.int32)
         experts = [mx.array(p) for p in picks.reshape(-1, 1, EXPERTS)]
-        calls = [(mlx_metal.resident(packed[0]), e) for e in experts]
+        calls = [(mlx_gpu.resident(packed[0]), e) for e in experts]
     else:
         packed = [ops.pack(Weight(columns, ((part,),))) for part in parts]
-        calls = [(mlx_metal.resident(w), None) for w in packed]
+        calls = [(mlx_gpu.resident(w), None) for w in packed]
     nbytes = parts[0].nbytes * len(calls) * (EXPERTS if what == "experts" else 1)
 
     def once() -> None:
-        mx.eval([mlx_metal.product(x, weight, expert=e) for weight, e in calls])
+        mx.eval([mlx_gpu.product(x, weight, expert=e) for weight, e in calls])
 
     return {"gbytes": nbytes / bench.fastest(once, BUDGET) / 1e9}
 
@@ -216,7 +216,7 @@ def show_model(row: dict[str, Any]) -> str:
 
 def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Every step; what it found."""
-    if not mlx_metal.available():
+    if mlx_gpu.device() != "metal":
         sys.exit("bench/mac.py: MLX computes on no Metal device here; this needs a Mac")
     report: dict[str, Any] = {"machine": machine()}
     print(json.dumps(report["machine"]), flush=True)

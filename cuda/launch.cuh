@@ -3,9 +3,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <type_traits>
 #include <utility>
 
+#include "bounds.cuh"
 #include "table.h"
 
 namespace hm {
@@ -42,18 +42,8 @@ struct Call<void (*)(P...)> {
   }
 };
 
-// K::BLOCKS: blocks that a multiprocessor should hold at once, a bound for registers; 0 is none.
-template <class K, class = void>
-struct Blocks {
-  static constexpr int VALUE = 0;
-};
 template <class K>
-struct Blocks<K, std::void_t<decltype(K::BLOCKS)>> {
-  static constexpr int VALUE = K::BLOCKS;
-};
-
-template <class K>
-__global__ __launch_bounds__(K::THREADS, Blocks<K>::VALUE) void kernel(const __grid_constant__ Arguments a) {
+__global__ HM_BOUNDS(K) void kernel(const __grid_constant__ Arguments a) {
   using Run = Call<decltype(&K::run)>;
   Run::template run<K>(a, std::make_index_sequence<Run::PARAMETERS>());
 }

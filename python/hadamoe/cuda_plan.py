@@ -1,15 +1,13 @@
 """The launch plans of the CUDA kernels: which kernel, over which arrays and sizes, in which grid.
 
 A plan is plain Python and the same for every front end: `hadamoe.torch_cuda` hands it to ``_cuda``,
-which has the kernels compiled, `hadamoe.mlx_cuda` to ``mx.fast.cuda_kernel``. Kernels are structs
-with a function ``run`` in ``cuda/*.cuh``; ``cuda/*.cu`` lists the ones that are compiled.
+which has the kernels compiled, `hadamoe.mlx_cuda` to ``mx.fast.cuda_kernel``, which compiles them.
+Kernels are structs with a function ``run`` in ``cuda/*.cuh``; ``cuda/*.cu`` lists instances.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,31 +56,18 @@ class Launch(NamedTuple):
         return [name for name, there in self.inputs.items() if there]
 
     @property
+    def integers(self) -> list[int]:
+        """Sizes that are integers, in order."""
+        return [value for value in self.sizes.values() if not isinstance(value, float)]
+
+    @property
     def body(self) -> str:
-        """The call, as the text of a kernel's body in which arrays have their names."""
-        arrays = [name if there else "nullptr" for name, there in self.inputs.items()]
-        arrays += [out.name for out in self.outputs]
-        sizes = [literal(value) for value in self.sizes.values()]
-        return f"  hm::{self.name}::run({', '.join([*arrays, *sizes])});"
-
-
-def literal(value: int | float) -> str:
-    """A size in C++."""
-    return f"{float.hex(value)}f" if isinstance(value, float) else str(value)
-
-
-@cache
-def source(stem: str) -> str:
-    """The text of ``cuda/<stem>.cuh`` with its own includes put in their place, once each; without
-    comments."""
-    seen: set[str] = set()
-
-    def text(name: str) -> str:
-        if name in seen:
-            return ""
-        seen.add(name)
-        lines = (FOLDER / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
-        lines = re.sub(r'#include "([\w.]+)"\n', lambda m: text(m[1]), lines)
-        return re.sub(r"[ \t]*//[^\n]*", "", lines)
-
-    return text(f"{stem}.cuh")
+        """The call, as the text of a kernel's body in which arrays have their names and `integers`
+        are an array ``sizes``."""
+        arguments = [name if there else "nullptr" for name, there in self.inputs.items()]
+        arguments += [out.name for out in self.outputs]
+        places = iter(range(len(self.sizes)))
+        for value in self.sizes.values():
+            is_float = isinstance(value, float)
+            arguments.append(f"{value.hex()}f" if is_float else f"sizes[{next(places)}]")
+        return f"  hm::{self.name}::run({', '.join(arguments)});"

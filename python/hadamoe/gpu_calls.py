@@ -1,7 +1,7 @@
 """Ops as sequences of kernel launches, the same for every GPU and every framework.
 
 A `Front` is what a framework brings: arrays in its GPU's memory, the launch plans of that GPU's
-kernels and a way to run one (`hadamoe.mlx_metal`, `hadamoe.torch_mps`, `hadamoe.torch_cuda`).
+kernels and a way to run one (`mlx_metal`, `mlx_cuda`, `torch_mps`, `torch_cuda`).
 Arrays here are the framework's own.
 """
 
@@ -28,6 +28,7 @@ class Plans(NamedTuple):
     products: Any
     moe: Any
     delta: Any
+    kv: Any = None
 
 
 class Front(NamedTuple):

@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import mlx_metal_delta
+from . import mlx_gpu_delta
 from .errors import ContractError
 from .mlx_host import Output, call, integers, route
 from .ops import dequantize, hadamard, moe_block, moe_decode, qmatmul, qmatmul_top
@@ -59,9 +59,9 @@ def gated_delta(
     counts = _counts("gated_delta", proj, mask, lengths)
     vectors, states = (conv_weight, a_log, dt_bias, norm), (conv_state, state)
 
-    def metal() -> tuple[mx.array, ...]:
+    def gpu() -> tuple[mx.array, ...]:
         options = {"heads": heads, "head_dims": head_dims, "eps": eps}
-        return mlx_metal_delta.gated_delta(
+        return mlx_gpu_delta.gated_delta(
             proj, *map(_array, vectors), *states, **options, mask=mask, lengths=counts
         )
 
@@ -69,7 +69,7 @@ def gated_delta(
     y = Output(0, 2, (heads[1] * head_dims[1],), proj.dtype)
     inputs = [real, *vectors, None if counts is None else counts.astype(mx.int64)]
     ints, leads = [*heads, *head_dims], [1, -1, -1, -1, -1, 1]
-    return tuple(call("gated_delta", inputs, leads, [y], states, ints, [eps], metal))
+    return tuple(call("gated_delta", inputs, leads, [y], states, ints, [eps], gpu))
 
 
 def gated_delta_block(
@@ -94,10 +94,10 @@ def gated_delta_block(
     vectors, states = (conv_weight, a_log, dt_bias, gated_norm), (conv_state, state)
     counts = _counts("gated_delta_block", x, mask, lengths)
 
-    def metal() -> tuple[mx.array, ...]:
+    def gpu() -> tuple[mx.array, ...]:
         fixed = _array(norm), weights, *map(_array, vectors)
         options = {"heads": heads, "head_dims": head_dims, "eps": eps, "mask": mask}
-        return mlx_metal_delta.gated_delta_block(x, *fixed, *states, **options, lengths=counts)
+        return mlx_gpu_delta.gated_delta_block(x, *fixed, *states, **options, lengths=counts)
 
     there = mask  # for the native op it ends where a sequence does
     if lengths is not None:
@@ -106,7 +106,7 @@ def gated_delta_block(
     signs, tables, ints = weights.arguments(*heads, *head_dims)
     inputs = [x, there, norm, *signs, *vectors, *tables, *weights.buffers]
     y = Output(0, 2, (weights.hidden_size,), mx.float32)
-    return tuple(call("gated_delta_block", inputs, [1, 1], [y], states, ints, [eps], metal))
+    return tuple(call("gated_delta_block", inputs, [1, 1], [y], states, ints, [eps], gpu))
 
 
 def attention(

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import mlx_metal, mlx_metal_kv, ops
+from . import mlx_gpu, mlx_gpu_kv, ops
 from .mlx import gated_delta_block
 from .mlx_layers import QLinear
 from .roles import DeltaWeights, MoeWeights
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         ``[batch, heads, tokens, keys]``.
         """
         proj = self.qkv_proj(x, (self._norm, self.eps))
-        attend = self._on_metal if mlx_metal.available() else self._in_parts
+        attend = self._on_gpu if mlx_gpu.available() else self._in_parts
         y = attend(proj, mask, cache, 0 if cache is None else cache.offset)
         return self.o_proj(y, residual=x)
 
@@ -122,14 +122,14 @@ class Attention(nn.Module):
         k, v = (a.astype(self.dtype) for a in (k, self._by_head(v).transpose(0, 2, 1, 3)))
         return self._seen(q, k, v, proj, mask, cache)
 
-    def _on_metal(self, proj: mx.array, mask: Any, cache: Any, offset: Any) -> mx.array:
+    def _on_gpu(self, proj: mx.array, mask: Any, cache: Any, offset: Any) -> mx.array:
         """As `_in_parts`, with one launch for norms and positions; a token over coded pages reads
         the codes."""
         coded = proj.shape[1] == 1 and getattr(cache, "attends", False)
         # f32 queries would have the GPU copy a whole plain cache to f32
         dtypes = {"q_dtype": mx.float32 if coded else self.dtype, "kv_dtype": self.dtype}
         heads = self.args.num_attention_heads, self.args.num_key_value_heads
-        tokens = mlx_metal_kv.prepare(
+        tokens = mlx_gpu_kv.prepare(
             proj, heads, self.head_dim, (self._q_norm, self._k_norm), self._freqs, offset,
             eps=self.eps, stretch=self.stretch, form=cache.format if coded else None, **dtypes,
         )  # fmt: skip

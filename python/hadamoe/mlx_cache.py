@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from . import mlx_metal, mlx_metal_kv
+from . import mlx_gpu, mlx_gpu_kv
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat, formats_of
 from .mlx_pages import Joint, Side, slot
@@ -102,10 +102,10 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
 
     @property
     def attends(self) -> bool:
-        return bool(self.offset) and mlx_metal.available()
+        return bool(self.offset) and mlx_gpu.available()
 
     def attend(
-        self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None, dtype: Any = mx.float32
+        self, tokens: mlx_gpu_kv.Prepared, gate: mx.array | None = None, dtype: Any = mx.float32
     ) -> mx.array:
         """Stores a token and attends over the codes as they are, where `attends`.
 
@@ -113,7 +113,7 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         keys are rounded to bytes and the noise of coded values is taken out.
 
         Args:
-            tokens: of `hadamoe.mlx_metal_kv.prepare` with ``form=self.format``, one per sequence.
+            tokens: of `hadamoe.mlx_gpu_kv.prepare` with ``form=self.format``, one per sequence.
             gate: the projection they came from; the result is times sigmoid of its gates.
 
         Returns:
@@ -127,9 +127,7 @@ class HadamoeKVCache(mlx_lm_cache._BaseCache):
         raw[:, :, :, row : row + 1] = tokens.kv.astype(raw.dtype)
         self._raw, self.offset = raw, self.offset + 1
         pages = [side.pages for side in self._sides]
-        y = mlx_metal_kv.attend(
-            tokens, raw, pages, self.offset, self.format, gate=gate, dtype=dtype
-        )
+        y = mlx_gpu_kv.attend(tokens, raw, pages, self.offset, self.format, gate=gate, dtype=dtype)
         if page and self.offset % PAGE == 0:
             for side, rows in zip(self._sides, raw, strict=True):
                 side.store(rows[:, :, None, slot(page) : slot(page) + PAGE])
@@ -264,7 +262,7 @@ class HadamoeBatchKVCache(mlx_lm_cache._BaseCache):
         """Whether `attend` can be used."""
         return self._left is None and all(c.attends for c in self._caches)
 
-    def attend(self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None) -> mx.array:
+    def attend(self, tokens: mlx_gpu_kv.Prepared, gate: mx.array | None = None) -> mx.array:
         """As `HadamoeKVCache.attend`, all sequences at once."""
         caches = self._caches
         if self._joint is None:

@@ -1,4 +1,4 @@
-"""Runs ops on MLX arrays: Metal kernels on a GPU; on the CPU native ops, lazily where `_mlx` was
+"""Runs ops on MLX arrays: our kernels on a GPU; on the CPU native ops, lazily where `_mlx` was
 built for the installed MLX, else eagerly.
 
 `_mlx` is one MLX primitive for all ops. Its C++ ABI is that of one exact MLX version, so it is
@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import _cpu, mlx_metal
+from . import _cpu, mlx_gpu
 from .errors import ContractError, UnsupportedError
 
 
@@ -47,11 +47,9 @@ def _bridge() -> Any:
 bridge = _bridge()
 
 
-def route() -> Literal["metal", "lazy", "eager"]:
-    """How a call now would run; "metal" where the op has kernels, else as the CPU would."""
-    if mlx_metal.available():
-        return "metal"
-    return "eager" if bridge is None else "lazy"
+def route() -> Literal["metal", "cuda", "lazy", "eager"]:
+    """How a call now would run; on a GPU where the op has kernels, else as the CPU would."""
+    return mlx_gpu.device() or ("eager" if bridge is None else "lazy")
 
 
 _entry = functools.cache(_cpu.op)
@@ -65,7 +63,7 @@ def call(
     states: Sequence[mx.array] = (),
     ints: Sequence[int] = (),
     floats: Sequence[float] = (),
-    metal: Callable[[], Sequence[mx.array]] | None = None,
+    gpu: Callable[[], Sequence[mx.array]] | None = None,
 ) -> Sequence[mx.array]:
     """Outputs, then new states, of an op.
 
@@ -74,7 +72,7 @@ def call(
         leads: of the first inputs: how many dimensions in front are the batch, which is one
             dimension to the op; -1 where there is none.
         states: arrays the op reads and replaces: left as they are, the new ones are returned.
-        metal: the same by Metal kernels, once the native op's contract has been checked.
+        gpu: the same by a GPU's kernels, once the native op's contract has been checked.
 
     Raises:
         ContractError: at once where shapes, dtypes or weights are wrong; from ``mx.eval`` where
@@ -85,9 +83,9 @@ def call(
     for array in (inputs[outputs[0].like], *states):
         if not isinstance(array, mx.array):
             raise ContractError(f"{op}: has a {type(array).__name__}, needs an MLX array")
-    if metal is not None and mlx_metal.available():
+    if gpu is not None and mlx_gpu.available():
         _check(op, inputs, leads, outputs, states, list(ints), list(floats))
-        return metal()
+        return gpu()
     if bridge is None:
         return _eager(op, inputs, leads, outputs, states, list(ints), list(floats))
     return bridge.call(

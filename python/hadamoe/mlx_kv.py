@@ -1,7 +1,7 @@
 """Pages of the quantized KV cache in MLX: lazy, on any of MLX's devices.
 
 The bytes are those of `hadamoe.kv_ops.kv_encode`: the same steps in f32, one rounding each. On a
-Metal device they are one kernel (`hadamoe.mlx_metal_kv`). On the CPU the native op decodes, lazily
+Metal device they are one kernel (`hadamoe.mlx_gpu_kv`). On the CPU the native op decodes, lazily
 where `hadamoe.mlx` is lazy, and encodes the codecs of other software. All else is MLX's operations:
 encoding (the native op refuses NaN, a lazy operation keeps it), ``vectors``, and our own codecs
 where native ops are eager, so that they can be traced. A GPU may sum MLX's transform in another
@@ -15,7 +15,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from . import mlx_metal_kv
+from . import mlx_gpu, mlx_gpu_kv
 from .kv import CODECS, KEY_SEED, PAGE, VALUE_SEED, page_bytes, signs
 from .mlx_host import Output, call, route
 from .reference_kv import bits_of, table
@@ -54,8 +54,8 @@ def kv_encode(rows: mx.array, codec: str, *, side: str, vectors: tuple | None = 
         ContractError: NaN, from ``mx.eval``, in codecs of other software on the CPU.
     """
     *lead, _, d = rows.shape
-    if vectors is None and route() == "metal":
-        return mlx_metal_kv.kv_encode(rows, codec, side=side)
+    if vectors is None and mlx_gpu.available():
+        return mlx_gpu_kv.kv_encode(rows, codec, side=side)
     if not _in_mlx(codec):
         pages = Output(0, len(lead), (page_bytes(codec, d),), mx.uint8)
         return _native("kv_encode", rows.astype(mx.float32), codec, side, d, pages)
@@ -93,8 +93,8 @@ def kv_decode(
     Returns:
         ``[..., 64, head_dim]`` of ``dtype``, computed in f32.
     """
-    if vectors is None and route() == "metal":
-        return mlx_metal_kv.kv_decode(pages, codec, head_dim, side=side, dtype=dtype)
+    if vectors is None and mlx_gpu.available():
+        return mlx_gpu_kv.kv_decode(pages, codec, head_dim, side=side, dtype=dtype)
     return _decoded(pages, codec, head_dim, side, vectors).astype(dtype)
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import mlx_metal, ops
+from . import mlx_gpu, ops
 from .packed import PackedWeight, pack
 from .weight import Rotation, Weight, fuse_rows
 
@@ -45,11 +45,11 @@ class QLinear(nn.Module):
             norm: f32 gamma ``[in]`` and eps; None for no norm.
             residual: ``[..., out]`` of x's dtype, or None.
         """
-        if mlx_metal.available():
+        if mlx_gpu.available():
             flat = x.reshape(-1, x.shape[-1])
             added = None if residual is None else residual.reshape(-1, self.rows)
-            weights = mlx_metal.resident(*self.matrices.apart)
-            y = mlx_metal.product(flat, weights, norm=norm, residual=added)
+            weights = mlx_gpu.resident(*self.matrices.apart)
+            y = mlx_gpu.product(flat, weights, norm=norm, residual=added)
             return y.reshape(*x.shape[:-1], self.rows)
         wide = x.astype(mx.float32)
         y = self.matrices.product(wide if norm is None else mx.fast.rms_norm(wide, *norm))

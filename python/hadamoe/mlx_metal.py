@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from . import gpu_calls, metal_delta, metal_moe, metal_products
+from . import metal_delta, metal_kv, metal_moe, metal_products
 from .gpu_calls import Front, Plans
 from .gpu_plan import Output
 from .metal_plan import Launch, source
@@ -17,11 +17,6 @@ _DTYPES = {
     n: getattr(mx, n)
     for n in ("float32", "float16", "bfloat16", "uint8", "uint32", "int32", "int8")
 }
-
-
-def available() -> bool:
-    """Whether MLX computes on a Metal device now."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 @cache
@@ -74,8 +69,6 @@ def _argument(a: mx.array | Sequence[int]) -> mx.array:
 
 
 FRONT = Front(
-    Plans(metal_products, metal_moe, metal_delta),
+    Plans(metal_products, metal_moe, metal_delta, metal_kv),
     *(mx.array, run, mx.argsort, mx.concatenate, mx.fast.rms_norm),
 )
-resident = partial(gpu_calls.resident, FRONT)
-product = partial(gpu_calls.product, FRONT)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import mlx_metal_moe, mlx_metal_products
+from . import mlx_gpu_moe, mlx_gpu_products
 from .errors import ContractError, UnsupportedError
 from .mlx_host import Output, call, integers
 from .packed import rotated_columns
@@ -51,23 +51,23 @@ def _rowwise(
     rest: list,
     ints: Sequence[int] = (),
     floats: Sequence[float] = (),
-    metal: Callable[[], mx.array] | None = None,
+    gpu: Callable[[], mx.array] | None = None,
 ) -> mx.array:
     """An op of ``x [..., k]`` with a result ``[..., columns]``; a row depends on no other."""
     rows = x.ndim - 1
     y = Output(0, rows, (columns,), x.dtype)
-    kernels = None if metal is None else lambda: [metal()]
+    kernels = None if gpu is None else lambda: [gpu()]
     return call(op, [x, *rest], [rows], [y], (), ints, floats, kernels)[0]
 
 
 def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
     """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
 
-    def metal() -> mx.array:
-        return mlx_metal_products.hadamard(x, block=block, pre=pre, post=post)
+    def gpu() -> mx.array:
+        return mlx_gpu_products.hadamard(x, block=block, pre=pre, post=post)
 
     columns = rotated_columns(x.shape[-1], block)
-    return _rowwise("hadamard", x, columns, [pre, post], [block or 0], metal=metal)
+    return _rowwise("hadamard", x, columns, [pre, post], [block or 0], gpu=gpu)
 
 
 def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
@@ -75,11 +75,11 @@ def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
     index = integers("dequantize", "rows", rows).astype(mx.int64)
     numbers = Output(1, index.ndim, (w.columns,), _dtype(dtype))
 
-    def metal() -> list[mx.array]:
-        return [mlx_metal_products.dequantize(w, index, dtype=numbers.dtype)]
+    def gpu() -> list[mx.array]:
+        return [mlx_gpu_products.dequantize(w, index, dtype=numbers.dtype)]
 
     inputs = [w.parts, index, *w.buffers]
-    y = call("dequantize", inputs, [-1, index.ndim], [numbers], ints=[w.columns], metal=metal)[0]
+    y = call("dequantize", inputs, [-1, index.ndim], [numbers], ints=[w.columns], gpu=gpu)[0]
     r = w.rotation
     return y if r is None else hadamard(y, block=r.block, pre=r.post, post=r.pre)
 
@@ -87,8 +87,8 @@ def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
 def qmatmul(x: mx.array, w: Any, *, expert: mx.array | None) -> mx.array:
     """`hadamoe.ops.qmatmul`."""
 
-    def metal() -> list[mx.array]:
-        return [mlx_metal_products.qmatmul(x, w, expert=expert)]
+    def gpu() -> list[mx.array]:
+        return [mlx_gpu_products.qmatmul(x, w, expert=expert)]
 
     rows = x.ndim - 1
     y = Output(0, rows, (w.rows,), x.dtype)
@@ -98,7 +98,7 @@ def qmatmul(x: mx.array, w: Any, *, expert: mx.array | None) -> mx.array:
             raise ContractError(f"qmatmul: expert has shape {expert.shape}, x has {x.shape}")
         y = Output(2, rows + 1, (w.rows,), x.dtype)
     inputs = [x, w.parts, expert, *w.buffers]
-    return call("qmatmul", inputs, [rows, -1, rows], [y], metal=metal)[0]
+    return call("qmatmul", inputs, [rows, -1, rows], [y], gpu=gpu)[0]
 
 
 def qmatmul_top(
@@ -106,26 +106,26 @@ def qmatmul_top(
 ) -> tuple[mx.array, mx.array]:
     """`hadamoe.ops.qmatmul_top`."""
 
-    def metal() -> tuple[mx.array, mx.array]:
+    def gpu() -> tuple[mx.array, mx.array]:
         gamma = None if norm is None else mx.array(norm)
-        return mlx_metal_products.qmatmul_top(x, w, top, gamma, eps)
+        return mlx_gpu_products.qmatmul_top(x, w, top, gamma, eps)
 
     rows = x.ndim - 1
     outputs = [Output(0, rows, (top,), t) for t in (mx.float32, mx.int32)]
     inputs = [x, norm, *signs, w.parts, *w.buffers]
-    value, index = call("qmatmul_top", inputs, [rows], outputs, (), [block], [eps], metal)
+    value, index = call("qmatmul_top", inputs, [rows], outputs, (), [block], [eps], gpu)
     return value, index
 
 
 def moe_decode(x: mx.array, moe: Any, *, top_k: int, normalize: bool) -> mx.array:
     """`hadamoe.ops.moe_decode`."""
 
-    def metal() -> mx.array:
-        return mlx_metal_moe.moe_decode(x, moe, top_k=top_k, normalize=normalize)
+    def gpu() -> mx.array:
+        return mlx_gpu_moe.moe_decode(x, moe, top_k=top_k, normalize=normalize)
 
     signs, tables, ints = moe.arguments(top_k, normalize)
     rest = [*signs, *tables, *moe.buffers]
-    return _rowwise("moe_decode", x, x.shape[-1], rest, ints, metal=metal)
+    return _rowwise("moe_decode", x, x.shape[-1], rest, ints, gpu=gpu)
 
 
 def moe_block(
@@ -133,10 +133,10 @@ def moe_block(
 ) -> mx.array:
     """`hadamoe.ops.moe_block`."""
 
-    def metal() -> mx.array:
+    def gpu() -> mx.array:
         sizes = {"top_k": ints[0], "normalize": bool(ints[1]), "eps": eps}
         gamma = norm if isinstance(norm, mx.array) else mx.array(norm)
-        return mlx_metal_moe.moe_block(x, gamma, moe, **sizes)
+        return mlx_gpu_moe.moe_block(x, gamma, moe, **sizes)
 
     rest = [norm, *signs, *tables, *moe.buffers]
-    return _rowwise("moe_block", x, x.shape[-1], rest, ints, [eps], metal)
+    return _rowwise("moe_block", x, x.shape[-1], rest, ints, [eps], gpu)

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import mlx_metal_kv
+from . import mlx_gpu_kv
 from .kv import PAGE, KVFormat, page_bytes
 from .mlx_kv import kv_decode, kv_encode
 
@@ -131,7 +131,7 @@ class Joint:
 
     def attend(
         self,
-        tokens: mlx_metal_kv.Prepared,
+        tokens: mlx_gpu_kv.Prepared,
         offsets: Sequence[int],
         form: KVFormat,
         gate: mx.array | None,
@@ -141,7 +141,7 @@ class Joint:
         rows = mx.broadcast_to(mx.array(rows).reshape(1, -1, 1, 1, 1), tokens.kv.shape)
         self.raw = mx.put_along_axis(self.raw, rows, tokens.kv.astype(self.raw.dtype), 3)
         lengths = mx.array([n + 1 for n in offsets], mx.int32)
-        y = mlx_metal_kv.attend(
+        y = mlx_gpu_kv.attend(
             tokens, self.raw, self.pool, lengths, form, table=self.table, gate=gate
         )
         for i, n in enumerate(offsets):

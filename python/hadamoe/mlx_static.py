@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import mlx_metal, mlx_metal_kv
+from . import mlx_gpu, mlx_gpu_kv
 from .errors import ContractError, UnsupportedError
 from .kv import PAGE, KVFormat
 from .mlx_cache import HadamoeKVCache
@@ -89,13 +89,13 @@ class HadamoeStaticKVCache(mlx_lm_cache._BaseCache):
     @property
     def attends(self) -> bool:
         """Whether `attend` can be used."""
-        return mlx_metal.available()
+        return mlx_gpu.available()
 
-    def attend(self, tokens: mlx_metal_kv.Prepared, gate: mx.array | None = None) -> mx.array:
+    def attend(self, tokens: mlx_gpu_kv.Prepared, gate: mx.array | None = None) -> mx.array:
         """As `HadamoeKVCache.attend`."""
         self._store(tokens.kv.astype(self.raw.dtype))
         sizes = {"skip": 0, "gate": gate}
-        return mlx_metal_kv.attend(tokens, self.raw, self.pages, self.offset, self.format, **sizes)
+        return mlx_gpu_kv.attend(tokens, self.raw, self.pages, self.offset, self.format, **sizes)
 
     def make_mask(self, n: int, **_: Any) -> mx.array:
         """The keys that the coming token sees: bool ``[n, 64 m]``."""

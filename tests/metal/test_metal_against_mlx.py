@@ -11,7 +11,7 @@ import pytest
 from simt import metal, peers
 from simt.mxfast import to_numpy
 
-from hadamoe import Instance, mlx_metal
+from hadamoe import Instance, mlx_gpu
 from hadamoe.packed import pack
 from hadamoe.weight import Part, Weight
 
@@ -58,9 +58,9 @@ def assert_no_worse(ours, y, theirs: peers.Run, want: np.ndarray) -> None:
 def test_one_token(bits):
     parts, numbers = case(bits, ROWS)
     x = np.random.default_rng(9).standard_normal((1, COLUMNS)).astype("f4")
-    weight = mlx_metal.resident(pack(Weight(COLUMNS, ((part_of(parts, bits),),), None)))
+    weight = mlx_gpu.resident(pack(Weight(COLUMNS, ((part_of(parts, bits),),), None)))
     with metal.installed(check=True, transactions=True) as log:
-        y = np.array(mlx_metal.product(mx.array(x), weight))
+        y = np.array(mlx_gpu.product(mx.array(x), weight))
     theirs = peers.qmv(x, *parts, bits=bits, group=GROUP).run(check=True, transactions=True)
     assert len(log) == 1
     assert not theirs.result.findings
@@ -75,10 +75,10 @@ def test_chosen_experts(bits):
     x = np.random.default_rng(9).standard_normal((2, COLUMNS)).astype("f4")
     chosen = np.array([[2, 0, 3], [1, 3, 0]], np.uint32)
     each = tuple((part_of(list(expert), bits),) for expert in zip(*stacked, strict=True))
-    weight = mlx_metal.resident(pack(Weight(COLUMNS, each, None)))
+    weight = mlx_gpu.resident(pack(Weight(COLUMNS, each, None)))
     with metal.installed(check=True, transactions=True) as log:
         expert = mx.array(chosen.astype(np.int32))
-        y = np.array(mlx_metal.product(mx.array(x), weight, expert=expert))
+        y = np.array(mlx_gpu.product(mx.array(x), weight, expert=expert))
     peer = peers.gather_qmv(x, chosen, *stacked, bits=bits, group=GROUP)
     theirs = peer.run(check=True, transactions=True)
     assert len(log) == 1

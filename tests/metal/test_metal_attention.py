@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import kv_ops, metal_plan, mlx_metal_kv
+from hadamoe import kv_ops, metal_plan, mlx_gpu_kv
 from hadamoe.kv import KVFormat
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
@@ -44,7 +44,7 @@ class Case:
     def run(self, form=None, dtypes=(mx.float32, mx.float32), **options):
         *_, h, g, d = self.shape
         with metal.installed(**options) as log:
-            out = mlx_metal_kv.prepare(
+            out = mlx_gpu_kv.prepare(
                 mx.array(self.proj), (h, g), d, tuple(map(mx.array, self.norms)),
                 mx.array(self.freqs), mx.array(self.offset), stretch=self.stretch, form=form,
                 q_dtype=dtypes[0], kv_dtype=dtypes[1],

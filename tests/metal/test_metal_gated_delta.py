@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import mlx_metal_delta, ops, reference
+from hadamoe import mlx_gpu_delta, ops, reference
 from hadamoe.verify import layers, rounding
 from hadamoe.verify.cases import DELTAS
 
@@ -24,7 +24,7 @@ def lent(arrays: dict[str, np.ndarray], dtype: mx.Dtype = mx.float32) -> dict[st
 
 def run(arrays: dict[str, mx.array], shape: tuple[int, ...], **options) -> list[np.ndarray]:
     _, _, hk, hv, dk, dv, _ = shape
-    out = mlx_metal_delta.gated_delta(
+    out = mlx_gpu_delta.gated_delta(
         *arrays.values(), heads=(hk, hv), head_dims=(dk, dv), eps=1e-6, **options
     )
     return [np.array(a.astype(mx.float32)) for a in out]
@@ -142,7 +142,7 @@ def test_block_in_three_launches(kind, rng):
     states = [v.copy() for v in vectors[4:]]
     want = ops.gated_delta_block(x, norm, weights, *vectors[:4], *states, **sizes)
     with metal.installed(check=True) as log:
-        out = mlx_metal_delta.gated_delta_block(
+        out = mlx_gpu_delta.gated_delta_block(
             mx.array(x), mx.array(norm), weights, *map(mx.array, vectors), **sizes
         )
         got = [np.array(a) for a in out]

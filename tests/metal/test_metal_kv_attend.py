@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import kv_ops, metal_plan, mlx_metal_kv, reference_kv
+from hadamoe import kv_ops, metal_plan, mlx_gpu_kv, reference_kv
 from hadamoe.kv import CODECS, PRESETS, KVFormat, page_bytes
 from hadamoe.verify import kv_cases, kv_rounding
 from hadamoe.verify.kv_cases import Shape
@@ -69,9 +69,9 @@ class Case:
         lengths = mx.array([n + 1 for n in self.shape.past])
         fp8 = {} if self.layer.scales is None else {"scales": tuple(map(float, self.layer.scales))}
         with metal.installed(**options) as log:
-            token = mlx_metal_kv.prepare(self.proj, (h, g), d, None, None, 0, form=self.form, **fp8)
+            token = mlx_gpu_kv.prepare(self.proj, (h, g), d, None, None, 0, form=self.form, **fp8)
             fp8["gate"] = self.proj if gated else None
-            y = mlx_metal_kv.attend(token, raw, pages, lengths, self.form, skip=0, **fp8)
+            y = mlx_gpu_kv.attend(token, raw, pages, lengths, self.form, skip=0, **fp8)
         return np.array(y).reshape(b, 1, h, d), log
 
     def check(self, **options) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import kv_ops, mlx_metal_kv
+from hadamoe import kv_ops, mlx_gpu_kv
 from hadamoe.kv import PAGE, KVFormat, page_bytes
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install mlx-lm)")
@@ -39,7 +39,7 @@ def keys_and_values(x: np.ndarray) -> list[mx.array]:
 def prepared(x: np.ndarray):
     """A token's projection as it goes to `attend`: no norm, no positions."""
     proj = mx.array(x.reshape(*x.shape[:2], -1))
-    return mlx_metal_kv.prepare(proj, (H, G), D, None, None, 0, form=FORM), proj
+    return mlx_gpu_kv.prepare(proj, (H, G), D, None, None, 0, form=FORM), proj
 
 
 def want(x: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import kv_ops, metal_kv, metal_plan, mlx_kv, mlx_metal_kv
+from hadamoe import kv_ops, metal_kv, metal_plan, mlx_gpu_kv, mlx_kv
 from hadamoe.kv import CODECS, PAGE, page_bytes
 from hadamoe.verify import kv_cases
 
@@ -39,8 +39,8 @@ def equal_to_the_cpu(codec: str, side: str, d: int, scale: float = 1.0, **option
     codes = any_codes(pages, codec, d)
     decoded = kv_ops.kv_decode(codes, codec, d, side=side, scale=scale)
     with metal.installed(**options) as log:
-        got = mlx_metal_kv.kv_encode(mx.array(x), codec, side=side, scale=scale)
-        back = mlx_metal_kv.kv_decode(mx.array(codes), codec, d, side=side, scale=scale)
+        got = mlx_gpu_kv.kv_encode(mx.array(x), codec, side=side, scale=scale)
+        back = mlx_gpu_kv.kv_decode(mx.array(codes), codec, d, side=side, scale=scale)
     np.testing.assert_array_equal(got, pages)
     np.testing.assert_array_equal(np.array(back).view(np.uint32), decoded.view(np.uint32))
     assert len(log) == 2
@@ -89,8 +89,8 @@ def test_dtypes(codec, dtype):
     wide = np.array(x.astype(mx.float32))
     pages = kv_ops.kv_encode(wide, codec)
     with metal.installed():
-        got = mlx_metal_kv.kv_encode(x, codec, side="key")
-        back = mlx_metal_kv.kv_decode(got, codec, 64, side="key", dtype=kind)
+        got = mlx_gpu_kv.kv_encode(x, codec, side="key")
+        back = mlx_gpu_kv.kv_decode(got, codec, 64, side="key", dtype=kind)
     np.testing.assert_array_equal(got, pages)
     want = mx.array(kv_ops.kv_decode(pages, codec, 64)).astype(kind)
     assert back.dtype == kind
@@ -104,8 +104,8 @@ def test_nan_stays_where_it_is(codec):
     plain = kv_ops.kv_encode(x, codec, side="value")
     x[0, 7, 5] = x[1, 9, 0] = np.nan
     with metal.installed():
-        pages = mlx_metal_kv.kv_encode(mx.array(x), codec, side="value")
-        y = np.array(mlx_metal_kv.kv_decode(pages, codec, 64, side="value"))
+        pages = mlx_gpu_kv.kv_encode(mx.array(x), codec, side="value")
+        y = np.array(mlx_gpu_kv.kv_decode(pages, codec, 64, side="value"))
     nan = [row for row in np.ndindex(2, PAGE) if np.isnan(y[row]).any()]
     assert nan == [(0, 7), (1, 9)]
     keep = np.isfinite(y)

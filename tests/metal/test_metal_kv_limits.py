@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import metal_kv, mlx_kv, mlx_metal_kv
+from hadamoe import metal_kv, mlx_gpu_kv, mlx_kv
 from hadamoe.errors import ContractError
 from hadamoe.kv import CODECS, PAGE, KVFormat, page_bytes
 from hadamoe.mlx_cache import HadamoeKVCache
@@ -25,9 +25,7 @@ def test_codecs(codec):
     """One of every file that encodes; the decoder with every branch."""
     rows = mx.zeros((1, PAGE, 64))
     with metal.installed() as log:
-        mlx_metal_kv.kv_decode(
-            mlx_metal_kv.kv_encode(rows, codec, side="key"), codec, 64, side="value"
-        )
+        mlx_gpu_kv.kv_decode(mlx_gpu_kv.kv_encode(rows, codec, side="key"), codec, 64, side="value")
     clean(log)
 
 
@@ -41,13 +39,13 @@ def test_attention(form):
     form, d = KVFormat(*form), 64
     pages = [mx.zeros((1, 1, 1, page_bytes(c, d)), mx.uint8) for c in form]
     with metal.installed() as log:
-        token = mlx_metal_kv.prepare(
+        token = mlx_gpu_kv.prepare(
             mx.zeros((1, 1, 6 * d)), (2, 1), d, (mx.ones(d), mx.ones(d)), mx.ones(8), 150, form=form
         )
         raw = mx.zeros((2, 1, 1, 3 * PAGE, d))
-        mlx_metal_kv.attend(token, raw, pages, 151, form, gate=mx.zeros((1, 1, 6 * d)))
+        mlx_gpu_kv.attend(token, raw, pages, 151, form, gate=mx.zeros((1, 1, 6 * d)))
         if form.key == "h4":
-            mlx_metal_kv.kv_scores(token.q[0, :, 0], pages[0][0, 0], "h4")
+            mlx_gpu_kv.kv_scores(token.q[0, :, 0], pages[0][0, 0], "h4")
     clean(log)
 
 
@@ -90,7 +88,7 @@ def test_launches_of_a_conversation():
         cache = HadamoeKVCache(form)
         cache.update_and_fetch(*mx.array(x))
         assert [launch.name.split("_")[4] for launch in log] == ["encode", "encode"]
-        token = mlx_metal_kv.prepare(mx.zeros((1, 1, 4 * d)), (1, 1), d, None, None, 200, form=form)
+        token = mlx_gpu_kv.prepare(mx.zeros((1, 1, 4 * d)), (1, 1), d, None, None, 200, form=form)
         cache.attend(token)
         names = [
             launch.name.removeprefix("custom_kernel_hadamoe_").split("_")[:2] for launch in log

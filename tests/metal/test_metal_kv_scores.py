@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simt import metal
 
-from hadamoe import kv_ops, metal_plan, mlx_metal_kv
+from hadamoe import kv_ops, metal_plan, mlx_gpu_kv
 from hadamoe.kv import KEY_SEED, page_bytes, signs
 from hadamoe.reference_kv import hadamard_sum
 from hadamoe.verify import kv_cases
@@ -21,7 +21,7 @@ def same_integers(q: np.ndarray, pages: np.ndarray, codec: str, **options):
     """Holds q8, units and scores to the CPU's bits; returns the launch."""
     want = kv_ops.kv_scores(q, pages, codec)
     with metal.installed(**options) as log:
-        got = mlx_metal_kv.kv_scores(mx.array(q), mx.array(pages), codec)
+        got = mlx_gpu_kv.kv_scores(mx.array(q), mx.array(pages), codec)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
     return log[0]
@@ -79,7 +79,7 @@ def test_a_wrong_level_is_seen():
     other = pages.copy()
     other[0, 5] ^= 16
     with metal.installed():
-        got = mlx_metal_kv.kv_scores(mx.array(q), mx.array(other), "h4")[2]
+        got = mlx_gpu_kv.kv_scores(mx.array(q), mx.array(other), "h4")[2]
     assert (np.array(got) != kv_ops.kv_scores(q, pages, "h4")[2]).any()
 
 

@@ -11,7 +11,7 @@ import pytest
 from moe_weights import LAYERS
 from simt import metal
 
-from hadamoe import mlx_metal_moe, ops, reference
+from hadamoe import mlx_gpu_moe, ops, reference
 from hadamoe.verify import cases, claims
 from hadamoe.verify.samples import plain_part, random_weight
 from hadamoe.weight import Weight, fuse_rows, stack_experts
@@ -80,7 +80,7 @@ def test_block(name, rng):
     x, norm = tokens(rng, 3), rng.uniform(0.5, 1.5, 256).astype(np.float32)
     weights = ops.MoeWeights.of(**moe)
     with metal.installed(check=True) as log:
-        y = np.array(mlx_metal_moe.moe_block(mx.array(x), mx.array(norm), weights, top_k=3))
+        y = np.array(mlx_gpu_moe.moe_block(mx.array(x), mx.array(norm), weights, top_k=3))
     want = reference.moe_block(x, norm, moe, top_k=3)
     assert distance(y, want) < 3e-6
     assert distance(y, want - x) > 1e-3

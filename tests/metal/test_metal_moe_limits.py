@@ -9,7 +9,7 @@ import pytest
 from moe_weights import LAYERS
 from simt import metal
 
-from hadamoe import mlx_metal_moe, ops
+from hadamoe import mlx_gpu_moe, ops
 from hadamoe.verify import cases, claims
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
@@ -87,7 +87,7 @@ def test_a_layer_of_the_model(name, rng):
     moe, norm = ops.MoeWeights.of(**weights), np.ones(2048, np.float32)
     x = rng.standard_normal((1, 2048)).astype(np.float32)
     with metal.installed(check=True) as log:
-        y = np.array(mlx_metal_moe.moe_block(mx.array(x), mx.array(norm), moe, top_k=8))
+        y = np.array(mlx_gpu_moe.moe_block(mx.array(x), mx.array(norm), moe, top_k=8))
     want = ops.moe_block(x, norm, moe, top_k=8)  # reference.py would unpack all 256 experts
     assert np.linalg.norm(y - want) < 3e-6 * np.linalg.norm(want)
     read = [

@@ -8,7 +8,7 @@ import pytest
 from metal_cases import check, to_numpy
 from simt import metal
 
-from hadamoe import Instance, metal_products, mlx_metal, mlx_metal_products, ops
+from hadamoe import Instance, metal_products, mlx_gpu, mlx_gpu_products, ops
 from hadamoe.verify import layers, samples
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
@@ -24,7 +24,7 @@ def largest(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     index = None
     values = mx.array(x)
     for launch in metal_products.largest(*x.shape, top):
-        values, index = mlx_metal.run(launch, {"x": values, "from": index})
+        values, index = mlx_gpu.run(launch, {"x": values, "from": index})
     return to_numpy((values, index))
 
 
@@ -58,7 +58,7 @@ def test_variants(variant):
 def test_many_are_sorted():
     x = np.random.default_rng(2).integers(-9, 9, (2, 500)).astype("f4")
     x[:, 7], x[:, 9], x[:, 11] = np.nan, -0.0, np.inf
-    got = to_numpy(mlx_metal_products._sorted(mx.array(x), 500))
+    got = to_numpy(mlx_gpu_products._sorted(mx.array(x), 500))
     np.testing.assert_array_equal(got[1], wanted(x, 500)[1])
 
 

@@ -10,7 +10,7 @@ import pytest
 from metal_cases import check, to_numpy
 from simt import metal
 
-from hadamoe import Instance, Rotation, Weight, mlx_metal, ops, reference
+from hadamoe import Instance, Rotation, Weight, mlx_gpu, ops, reference
 from hadamoe.verify import cases, claims, samples
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
@@ -51,7 +51,7 @@ def normed(x: np.ndarray, gamma: np.ndarray) -> np.ndarray:
 def product(x: np.ndarray, *weights: Weight, **options) -> np.ndarray:
     packed = ops.pack(*weights)
     packed = packed if isinstance(packed, tuple) else (packed,)
-    y = mlx_metal.product(mx.array(x), mlx_metal.resident(*packed), **options)
+    y = mlx_gpu.product(mx.array(x), mlx_gpu.resident(*packed), **options)
     return to_numpy(y)
 
 

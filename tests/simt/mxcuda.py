@@ -1,29 +1,31 @@
 """A stand-in for `mx.fast.cuda_kernel` that runs the generated text in the simulator.
 
-The text is that of mlx/backend/cuda/custom_kernel.cpp in MLX 0.32. MLX prints it only where it was
-built for CUDA, so no test here can ask MLX for it, as one can for Metal.
+The text is that of mlx/backend/cuda/custom_kernel.cpp in MLX 0.32.2. MLX prints it only where it
+was built for CUDA, so no test here can ask MLX for it, as one can for Metal.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from . import core, mxtext, session
 from .cuda_kernel import compile_kernel
-from .mxfast import from_numpy, to_numpy
+from .mxfast import from_numpy, has_gpu, to_numpy
 
 HEADER = """
 #include "mlx/backend/cuda/device/utils.cuh"
 
 #include <cooperative_groups.h>
 
-#define inf cuda::std::numeric_limits<float>::infinity()
-
 """
+FREE_SHARED = 48 * 1024  # of a block that asks for no more
+GRANTED = 48000  # dynamic shared memory above which MLX asks, when it first meets the kernel
 MAX_DIMENSIONS = 10  # of a Shape or Strides parameter
 TYPES = {
     mx.bool_: "bool",
@@ -164,10 +166,13 @@ def cuda_kernel(
 def run(name, source, arguments, names, fresh, grid, threadgroup, shared) -> None:
     """One launch of generated text, logged; the grid counts threads, in whole blocks."""
     options, log = session.current(name)
-    kernel = compile_kernel(
-        source, f"mlx::core::cu::{name}", check=options.check, contract=options.contract
-    )
+    if shared > (granted := grant(source, shared)):
+        raise ValueError(f"{name}: {shared} bytes of shared memory, MLX got it {granted}")
+    folders = {Path(path).parent for path in re.findall(r'#include "(/[^"]+)"', source)}
+    expression, checks = f"mlx::core::cu::{name}", (options.check, options.contract)
+    kernel = compile_kernel(source, expression, sorted(folders), (), *checks)
     blocks = tuple(-(-a // b) for a, b in zip(grid, threadgroup, strict=True))
+    threadgroup = tuple(map(min, threadgroup, grid))
     result = kernel(
         *(arguments, blocks, threadgroup, shared, fresh, names, options.threadgroup_limit),
         ftz=options.ftz,
@@ -181,12 +186,16 @@ def run(name, source, arguments, names, fresh, grid, threadgroup, shared) -> Non
         raise core.CheckError(name, result.findings)
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """Inside, `mx.fast.cuda_kernel` runs in the session that is open."""
-    before = mx.fast.cuda_kernel
-    mx.fast.cuda_kernel = cuda_kernel
-    try:
-        yield
-    finally:
-        mx.fast.cuda_kernel = before
+#: text of a kernel -> bytes of shared memory that its first launch wanted
+_wanted: dict[str, int] = {}
+
+
+def grant(source: str, shared: int) -> int:
+    """Bytes of shared memory that a kernel may have: MLX asks once, at its first launch."""
+    first = _wanted.setdefault(source, shared)
+    return first if first > GRANTED else FREE_SHARED
+
+
+def patched() -> contextlib.AbstractContextManager[None]:
+    """Inside, MLX has a CUDA device, whose kernels run in the session that is open."""
+    return has_gpu(mx.cuda, cuda_kernel)

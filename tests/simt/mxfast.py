@@ -149,20 +149,29 @@ def installed(**options) -> Iterator[list[session.Launch]]:
     like. order of simd_sum and the like: butterfly, sequential, reversed. schedule of threads:
     ascending, descending, random. seed: of the random schedule and the errors.
     """
+    with session.opened(**options) as log, has_gpu(mx.metal, metal_kernel):
+        yield log
+
+
+@contextlib.contextmanager
+def has_gpu(backend, kernel) -> Iterator[None]:
+    """Inside, MLX has a GPU of a backend (mx.metal, mx.cuda), `kernel` makes its kernels, and
+    mx.compile is off."""
     replaced = {
-        (mx.fast, "metal_kernel"): metal_kernel,
-        (mx.metal, "is_available"): lambda: True,
+        (mx.fast, kernel.__name__): kernel,
+        (mx.metal, "is_available"): lambda: backend is mx.metal,
+        (mx.cuda, "is_available"): lambda: backend is mx.cuda,
         (mx, "default_device"): lambda: mx.Device(mx.gpu, 0),
         (mx, "device_info"): lambda *_: dict(DEVICE_INFO),
     }
     for name in ("stream", "default_stream", "new_stream", "new_thread_local_stream"):
         replaced[mx, name] = _of_the_cpu(getattr(mx, name))
     old = {place: getattr(*place) for place in replaced}
-    with session.opened(**options) as log, _eager():
+    with _eager():
         for (module, name), value in replaced.items():
             setattr(module, name, value)
         try:
-            yield log
+            yield
         finally:
             for (module, name), value in old.items():
                 setattr(module, name, value)

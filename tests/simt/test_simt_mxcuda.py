@@ -14,13 +14,11 @@ from simt import cuda, mxcuda  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
 
-# mlx/backend/cuda/custom_kernel.cpp of MLX 0.32, read for these arguments.
+# mlx/backend/cuda/custom_kernel.cpp of MLX 0.32.2, read for these arguments.
 TEXT = """
 #include "mlx/backend/cuda/device/utils.cuh"
 
 #include <cooperative_groups.h>
-
-#define inf cuda::std::numeric_limits<float>::infinity()
 
 // header
 namespace mlx::core::cu {

@@ -1,4 +1,4 @@
-"""Products on MLX's Metal device: the functions of `hadamoe.mlx_ops`, lazily."""
+"""Products on MLX's GPU: the functions of `hadamoe.mlx_ops`, lazily."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gpu_calls, metal_products
+from . import gpu_calls
 from .gpu_calls import dtype_name
-from .mlx_metal import FRONT, product, resident, run
+from .mlx_gpu import front, product, resident, run
 from .packed import PackedWeight
 
 
@@ -18,12 +18,12 @@ def _rows(x: mx.array) -> mx.array:
 
 def hadamard(x: mx.array, *, block: int | None, pre: Any, post: Any) -> mx.array:
     """`hadamoe.ops.hadamard` (its ``inverse`` already resolved)."""
-    return gpu_calls.hadamard(FRONT, x, block=block, pre=pre, post=post)
+    return gpu_calls.hadamard(front(), x, block=block, pre=pre, post=post)
 
 
 def dequantize(w: PackedWeight, rows: mx.array, *, dtype: mx.Dtype) -> mx.array:
     """Rows ``[..., k]`` of `hadamoe.ops.dequantize`, their rotation not undone."""
-    return gpu_calls.dequantize(FRONT, resident(w), rows, dtype_name(dtype))
+    return gpu_calls.dequantize(front(), resident(w), rows, dtype_name(dtype))
 
 
 def qmatmul(x: mx.array, w: PackedWeight, *, expert: mx.array | None) -> mx.array:
@@ -48,13 +48,14 @@ def qmatmul_top(
     x: mx.array, w: PackedWeight, top: int, norm: mx.array | None, eps: float
 ) -> tuple[mx.array, mx.array]:
     """`hadamoe.ops.qmatmul_top`."""
+    plans = front().plans.products
     flat = _rows(x).astype(mx.float32)
     values = product(flat, resident(w), norm=None if norm is None else (norm, eps))
-    if top > metal_products.TOP:
+    if top > plans.TOP:
         values, index = _sorted(values, top)
     else:
         index = None
-        for launch in metal_products.largest(len(flat), w.rows, top):
+        for launch in plans.largest(len(flat), w.rows, top):
             values, index = run(launch, {"x": values, "from": index})
     shape = (*x.shape[:-1], top)
     return values.reshape(shape), index.reshape(shape)

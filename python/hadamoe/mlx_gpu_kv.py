@@ -1,4 +1,4 @@
-"""The quantized KV cache on MLX's Metal device, lazily."""
+"""The quantized KV cache on MLX's GPU, lazily."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import metal_kv
 from .gpu_calls import dtype_name
 from .kv import KEY_SEED, PAGE, VALUE_SEED, KVFormat, page_bytes, signs
-from .mlx_metal import run
+from .mlx_gpu import front, run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
 __all__ = ["Prepared", "attend", "kv_decode", "kv_encode", "kv_scores", "prepare"]
@@ -40,7 +39,7 @@ def kv_encode(rows: mx.array, codec: str, *, side: str, scale: float = 1.0) -> m
     """`mlx_kv.kv_encode` in one launch: ``[..., 64, d]`` to u8 ``[..., bytes]``."""
     *lead, _, d = rows.shape
     flat = rows.reshape(-1, PAGE, d)
-    launch = metal_kv.encode(flat.shape[0], codec, side, d, scale)
+    launch = front().plans.kv.encode(flat.shape[0], codec, side, d, scale)
     arrays = {"rows": flat, "signs": _signs(side, d), "book": _book(codec, d)}
     (pages,) = run(launch, arrays)
     return pages.reshape(*lead, page_bytes(codec, d))
@@ -59,7 +58,7 @@ def kv_decode(
     lead, d = pages.shape[:-1], head_dim
     flat = pages.reshape(-1, pages.shape[-1])
     name = dtype_name(dtype)
-    launch = metal_kv.decode(flat.shape[0], codec, side, d, name, scale)
+    launch = front().plans.kv.decode(flat.shape[0], codec, side, d, name, scale)
     arrays = {"pages": flat, "signs": _signs(side, d), "book": _book(codec, d)}
     (rows,) = run(launch, arrays)
     return rows.reshape(*lead, PAGE, d)
@@ -67,7 +66,7 @@ def kv_decode(
 
 def kv_scores(q: mx.array, pages: mx.array, codec: str) -> tuple[mx.array, mx.array, mx.array]:
     """`kv_ops.kv_scores`: q8 i8 ``[r, d]``, unit f32 ``[r]``, scores i32 ``[r, 64 p]``."""
-    launch = metal_kv.scores(q.shape[0], pages.shape[0], codec, q.shape[1])
+    launch = front().plans.kv.scores(q.shape[0], pages.shape[0], codec, q.shape[1])
     return tuple(run(launch, {"q": q, "pages": pages, "signs": _signs("key", q.shape[1])}))
 
 
@@ -114,10 +113,10 @@ def prepare(
         scales: of fp8 keys and values.
     """
     b, t, _ = proj.shape
-    sizes = metal_kv.Heads(b, *heads, head_dim, form, scales)
+    sizes = front().plans.kv.Heads(b, *heads, head_dim, form, scales)
     rot = 0 if freqs is None else 2 * freqs.shape[0]
     names = [dtype_name(d) for d in (q_dtype, kv_dtype)]
-    launch = metal_kv.prepare(
+    launch = front().plans.kv.prepare(
         sizes, t, rot, *names, eps=None if norms is None else eps, stretch=stretch
     )
     arrays = dict(zip(("q_norm", "k_norm"), norms or (), strict=False))
@@ -163,7 +162,7 @@ def attend(
         ``[b, 1, h d]`` of ``dtype``.
     """
     b, h, _, d = tokens.q.shape
-    heads = metal_kv.Heads(b, h, raw.shape[2], d, form, scales)
+    heads = front().plans.kv.Heads(b, h, raw.shape[2], d, form, scales)
     m = pages[0].shape[2] if table is None else table.shape[1]
     count = -(-(m + skip) // 8) if m else 0
     arrays = {"lengths": _per_sequence(length, b), "dims": [m, count]}
@@ -171,9 +170,9 @@ def attend(
         x = dict(zip(("key_pages", "value_pages"), pages, strict=True))
         x |= {"x": tokens.x, "factors": tokens.factors, "book": _books(form, d)}
         x["table"] = table
-        parts = run(metal_kv.runs(heads, count, skip, table is not None), arrays | x)
+        parts = run(front().plans.kv.runs(heads, count, skip, table is not None), arrays | x)
         arrays |= dict(zip(("parts", "sums"), parts, strict=True))
     width = 0 if gate is None else gate.shape[-1]
-    launch = metal_kv.join(heads, bool(count), width, dtype_name(dtype))
+    launch = front().plans.kv.join(heads, bool(count), width, dtype_name(dtype))
     arrays |= {"q": tokens.q, "raw": raw, "gate": gate, "signs": _signs("value", d)}
     return run(launch, arrays)[0].reshape(b, 1, h * d)

@@ -1,17 +1,19 @@
-"""The Gated DeltaNet on MLX's Metal device: functions of `hadamoe.mlx`, lazily, states returned."""
+"""The Gated DeltaNet on MLX's GPU: functions of `hadamoe.mlx`, lazily, states returned."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from . import gpu_calls
-from .mlx_metal import FRONT, product, resident
+from .mlx_gpu import front, product, resident
 from .roles import DeltaWeights
 
-gated_delta = partial(gpu_calls.gated_delta, FRONT)
+
+def gated_delta(*arrays: Any, **options: Any) -> list[mx.array]:
+    """`gpu_calls.gated_delta`."""
+    return gpu_calls.gated_delta(front(), *arrays, **options)
 
 
 def gated_delta_block(
