@@ -13,6 +13,7 @@ from hadamoe import mlx, mlx_cuda, mlx_gpu, reference  # noqa: E402
 from hadamoe.cuda_plan import Launch  # noqa: E402
 from hadamoe.errors import ContractError  # noqa: E402
 from hadamoe.gpu_plan import Output  # noqa: E402
+from hadamoe.verify import layers  # noqa: E402
 
 pytestmark = [
     pytest.mark.simulator,
@@ -44,6 +45,27 @@ def test_hadamard(rng, dtype):
     assert len(log) == 2  # blocks of 8192 and 4096, in pieces of 4096
     assert got.dtype == x.dtype
     assert mx.array_equal(got, mx.array(want).astype(got.dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("padding", ["none", "lengths", "mask"])
+def test_gated_delta(rng, tokens, padding):
+    made = layers.gated_delta_arrays(rng, 3, tokens, 2, 4, 32, 32, 4)
+    arrays = [mx.array(a) for a in made.values()]
+    lengths = mx.array([tokens, 1, 0])
+    options = {
+        "none": {}, "lengths": {"lengths": lengths},
+        "mask": {"mask": mx.arange(tokens) < lengths[:, None]},
+    }[padding]  # fmt: skip
+    options |= {"heads": (2, 4), "head_dims": (32, 32)}
+    want = mlx.gated_delta(*arrays, **options)
+    mx.eval(want)
+    with cuda.installed(check=True) as log:
+        got = mlx.gated_delta(*arrays, **options)
+        mx.eval(got)
+    assert len(log) == (2 if tokens == 1 else 3)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_kernel_is_given_nothing_that_its_contract_forbids(rng):
