@@ -6,6 +6,7 @@
 #include "ptx.cuh"
 
 #define HM_UNROLL _Pragma("unroll")
+#define HM_NO_UNROLL _Pragma("unroll 1")
 #define EACH(i, n) HM_UNROLL for (int i = 0; i < (n); i++)
 
 namespace hm {

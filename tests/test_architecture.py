@@ -37,6 +37,7 @@ LAYERS = [
     {"_cpu", "_cuda", "_mlx_built", "reference"},
     {"packed", "resident", "machine", "kv", "gpu_plan"},
     {"roles", "torch_cache", "reference_kv_peers", "gpu_weight", "metal_plan", "cuda_plan"},
+    {"cuda_tiles"},
     {"metal_products", "cuda_products"},
     {
         "reference_kv",

@@ -34,6 +34,9 @@ import cuda_kernels  # noqa: E402
 ARCHITECTURE = "90a"
 #: Registers of a thread that let two blocks of 256 threads, or four of 128, share a multiprocessor.
 REGISTERS = 128
+#: Kernels that may have more, and how many: one block of 256 threads, or two of 128. A tile's sums
+#: are most of what a multiprocessor has.
+WIDE = {"qmatmul<2, 64>": 255, "qmatmul<3, 32>": 255}
 #: Static shared memory of a block, in bytes; what grows with a model's sizes is dynamic.
 SHARED = 2048
 #: Kernels that may keep something in a stack frame, and its bytes. Never one of a decoded token.
@@ -90,13 +93,13 @@ def test_kernels_keep_to_their_budgets(built):
     over = [
         kernel
         for kernel in built.kernels
-        if kernel.registers > REGISTERS
+        if kernel.registers > WIDE.get(kernel.name, REGISTERS)
         or kernel.spilled
         or kernel.stack > STACK.get(kernel.name, 0)
         or kernel.shared > SHARED
     ]
     assert not over, "\n".join(map(str, over))
-    assert set(STACK) <= {kernel.name for kernel in built.kernels}
+    assert set(STACK) | set(WIDE) <= {kernel.name for kernel in built.kernels}
 
 
 def test_the_compilers_report_is_read():
