@@ -4,4 +4,4 @@
 #include "launch.cuh"
 
 HM_KERNELS(gated_delta, HM_KERNEL(delta_prepare<4, 4>), HM_KERNEL(delta_prepare<8, 8>), HM_KERNEL(delta_step),
-           HM_KERNEL(delta_scan<32>), HM_KERNEL(delta_scan<64>), HM_KERNEL(delta_norm));
+           HM_KERNEL(delta_scan<16>), HM_KERNEL(delta_scan<32>), HM_KERNEL(delta_norm));

@@ -7,8 +7,8 @@
 //
 // A token alone takes prepare and step, more take prepare, scan and norm. What is in this file is all the arithmetic of
 // step, scan and norm, and each sum has one order, so a prompt has the same bits in one call, cut anywhere and token by
-// token. A sum down a column of the state: 16 chains of fused multiply-adds, chain i takes rows i, i + 16, ...; chains are
-// added pairwise, neighbours first.
+// token. A sum down a column of the state: 16 chains of fused multiply-adds, chain 2 g + p takes the rows r, upwards, with
+// r / 4 % 8 == g and r % 2 == p; chains are added pairwise, neighbours first.
 //
 // prepare is a launch of its own for one token too: value heads share q and k, and a block of one of them could not
 // replace their conv states while a block of another still reads them.

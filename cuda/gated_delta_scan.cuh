@@ -1,15 +1,17 @@
 // The delta rule of many tokens, in order, and their gated norm.
 //
-// A warp walks all tokens with 8 columns of a head's state in registers: lane (g, c) has rows 4 g .. 4 g + 3 of each 16 of
-// column c, four chains, so a sum down a column is two additions in a lane and two shuffles, with no barrier. Four warps
-// share the q, k and v that cp.async brings 8 to 16 tokens ahead; they meet once in 8 tokens. 32 heads of 128 columns are
-// 512 warps in 128 blocks: one for each scheduler of an H200's 132 multiprocessors.
+// A warp walks all tokens with 8 columns of a head's state in registers, 2 columns of 16 rows in a lane, so a sum down a
+// column is chains in a lane and three shuffles, with no barrier. Four warps share the q, k and v that cp.async brings 8 to
+// 16 tokens ahead; they meet once in 8 tokens. 32 heads of 128 columns are 512 warps in 128 blocks: one warp for each
+// scheduler of an H200's 132 multiprocessors.
 //
-// Cycles of a token (128 rows), one warp a scheduler: 128 f32 instructions (S k, S q of the token before, decay, update:
-// 32 each), 18 loads from shared memory, 4 shuffles, ~20 others: ~170 to issue. The chain from token to token is
-// 32 + 4 (S k) + 8 (pairs) + 2 * 27 (shuffles) + 8 (what to learn) + 32 (update) = ~140, and S q, decay and loads, which
-// do not depend on it, fill its gaps. At 170 to 200 cycles and 1.75 GHz 4,096 tokens take 0.40 to 0.47 ms a layer, 12 to
-// 14 ms in 30 layers; f32 instructions alone (4 a number of the state: 4096 * 32 * 128 * 128 * 4 / (132 * 128)) 0.29 ms.
+// Cycles of a token, one warp a scheduler: nvcc 13.0 makes 183 instructions for sm_90a, 132 of them f32 multiplications and
+// additions of the state (S k, S q of the token before, decay, update: 32 each). The chain from token to token is
+// 32 + 8 (S k) + 3 * 27 (shuffles) + 8 (what to learn) + 32 (update) = ~160; S q, decay and loads, which are not in it,
+// stand between its shuffles. Shared memory gives 128 bytes a cycle to four warps: 4 * (8 loads * 4 + 2 + 9 shuffles) =
+// 172. So ~190 cycles: 0.44 ms for 4,096 tokens of a layer at 1.755 GHz, 13 ms in 30 layers; f32 instructions alone
+// (4 a number of the state: 4096 * 32 * 128 * 128 * 4 / (132 * 128)) are 0.29 ms. More rows and fewer columns in a lane
+// take fewer shuffles, but read q and k more often than shared memory can give them.
 // The chunked form (64 tokens as matrices, arXiv 2412.06464) needs 2 (4 C^2 d + 3 C d^2) operations a chunk and head, at
 // C = 64, d = 128 10.5 M: 21 G a layer, 10.7 G multiply-adds = 0.36 ms in f32, no less than the scan's. It wins only on
 // tensor cores in 16 bits, which would not be f32's result, nor the same for a prompt cut elsewhere.
@@ -18,10 +20,10 @@
 
 namespace hm {
 
-// dk up to 4 ROWS. Blocks: (32 columns, value heads, sequences). state and new_state may be the same array.
+// dk up to 8 ROWS. Blocks: (32 columns, value heads, sequences). state and new_state may be the same array.
 template <int ROWS>
 struct delta_scan {
-  static constexpr int THREADS = 128, COLUMNS = 32, DK = 4 * ROWS, TOKENS = 256 / ROWS;
+  static constexpr int THREADS = 128, COLUMNS = 32, DK = 8 * ROWS, TOKENS = 128 / ROWS;
   static constexpr int STRIDE = 2 * DK + COLUMNS + 4;  // floats of a token: q, k, v, decay, beta
   static constexpr int SHARED = 4 * 3 * TOKENS * STRIDE;  // bytes: TOKENS in use, as many next, as many on their way
 
@@ -32,19 +34,33 @@ struct delta_scan {
       for (int i = lane_index(); i < n; i += 32) copy_async<4>(to + i, from + i);
     }
   }
+  static __device__ int row(int i) { return i / 4 * 32 + int(lane_index()) / 4 * 4 + i % 4; }  // of this lane
   static __device__ void load_rows(const float* from, float* v) {
     EACH(j, ROWS / 4) {
-      const float4 f = *reinterpret_cast<const float4*>(from + 16 * j + lane_index() / 8 * 4);
+      const float4 f = *reinterpret_cast<const float4*>(from + row(4 * j));
       v[4 * j] = f.x, v[4 * j + 1] = f.y, v[4 * j + 2] = f.z, v[4 * j + 3] = f.w;
     }
   }
-  // The sum down each column of s times x, in all lanes that have the column.
-  static __device__ float down(const float* s, const float* x) {
-    float chain[4] = {};
-    EACH(i, ROWS) chain[i % 4] = fmaf(s[i], x[i], chain[i % 4]);
-    float sum = pairwise_sum<4>(chain);
-    sum += __shfl_xor_sync(FULL, sum, 8);
-    return sum + __shfl_xor_sync(FULL, sum, 16);
+  // This lane's part of the sums down its two columns of s times x.
+  static __device__ void down(const float (*s)[2], const float* x, float* sum) {
+    float chain[2][2] = {};
+    EACH(i, ROWS) {
+      EACH(j, 2) chain[j][i % 2] = fmaf(s[i][j], x[i], chain[j][i % 2]);
+    }
+    EACH(j, 2) sum[j] = chain[j][0] + chain[j][1];
+  }
+  // Both sums in all lanes that have the columns.
+  static __device__ void join(float* sum) {
+    HM_UNROLL for (int d = 4; d < 32; d *= 2) {
+      EACH(j, 2) sum[j] += __shfl_xor_sync(FULL, sum[j], d);
+    }
+  }
+  // The sum of one of the columns: the second in lanes 4 .. 7, which write it.
+  static __device__ float join_one(const float* sum) {
+    const int own = lane_index() / 4 % 2;
+    float one = (own ? sum[1] : sum[0]) + __shfl_xor_sync(FULL, own ? sum[0] : sum[1], 4);
+    one += __shfl_xor_sync(FULL, one, 8);
+    return one + __shfl_xor_sync(FULL, one, 16);
   }
 
   // A block's tokens: where they are and how they come.
@@ -66,61 +82,89 @@ struct delta_scan {
     }
   };
 
-  // s after all tokens; o: the column's, rows apart.
-  static __device__ void walk(const Tokens& tokens, float* s, int column, float* o, int stride, bool writes) {
-    float k[ROWS], q[ROWS];
-    const float *token = tokens.ring, *last = tokens.ring + (3 * TOKENS - 1) * STRIDE;
-    load_rows(token + DK, k);
-    EACH(i, ROWS) q[i] = 0.0f;
-    float v = token[2 * DK + column];
-    float2 gate = *reinterpret_cast<const float2*>(token + 2 * DK + COLUMNS);
+  // What a token brings to the state, besides q.
+  struct Token {
+    float k[ROWS], v[2];
+    float2 gate;
+    __device__ void load(const float* from, int column) {
+      load_rows(from + DK, k);
+      EACH(j, 2) v[j] = from[2 * DK + column + j];
+      gate = *reinterpret_cast<const float2*>(from + 2 * DK + COLUMNS);
+    }
+  };
+
+  // s after all tokens; o: of the column that this lane writes, rows apart.
+  static __device__ void walk(const Tokens& tokens, float (*s)[2], int column, float* o, int stride, bool writes) {
+    Token now, next;
+    float q[ROWS] = {};
+    const float *at = tokens.ring, *last = tokens.ring + (3 * TOKENS - 1) * STRIDE;
+    now.load(at, column);
+    o -= stride;  // a token's is written after the next one's sums have begun
     for (int first = 0; first < tokens.end; first += TOKENS) {
       tokens.fetch(first + 2 * TOKENS);
-      for (int t = first; t < min(first + TOKENS, tokens.end); t++) {
-        const float sum = down(s, k), out = down(s, q);  // of this token, of the one before
-        if (writes && t > 0) o[size_t(t - 1) * stride] = out;
-        const float learnt = yet_to_learn(v, sum, gate.x, gate.y);
-        load_rows(token, q);
-        EACH(i, ROWS) s[i] = next_state(s[i], gate.x, learnt, k[i]);
-        token = token == last ? tokens.ring : token + STRIDE;
-        load_rows(token + DK, k);
-        v = token[2 * DK + column];
-        gate = *reinterpret_cast<const float2*>(token + 2 * DK + COLUMNS);
+      const int stop = min(first + TOKENS, tokens.end);
+      _Pragma("unroll 2") for (int t = first; t < stop; t++) {
+        const float* from = at;
+        at = at == last ? tokens.ring : at + STRIDE;
+        next.load(at, column);
+        float sum[2], out[2];
+        down(s, now.k, sum);
+        join(sum);
+        down(s, q, out);
+        const float before = join_one(out);
+        if (writes && t > 0) *o = before;
+        o += stride;
+        load_rows(from, q);
+        EACH(j, 2) {
+          const float learnt = yet_to_learn(now.v[j], sum[j], now.gate.x, now.gate.y);
+          EACH(i, ROWS) s[i][j] = next_state(s[i][j], now.gate.x, learnt, now.k[i]);
+        }
+        now = next;
       }
       copies_wait();
       __syncthreads();
     }
-    const float out = down(s, q);
-    if (writes) o[size_t(tokens.end - 1) * stride] = out;
+    float out[2];
+    down(s, q, out);
+    const float before = join_one(out);
+    if (writes) *o = before;
   }
 
   static __device__ void run(const float* qkv, const float* gates, const float* state, const int* lengths, float* o,
                              float* new_state, int tokens, int hk, int hv, int dk, int dv) {
     const Heads heads{hk, hv, dk, dv};
     const int begin = blockIdx.x * COLUMNS, h = blockIdx.y, b = blockIdx.z, key = h / (hv / hk) * dk;
-    const int mine = 8 * warp_index() + lane_index() % 8, column = begin + mine, above = lane_index() / 8 * 4;
-    const size_t row = size_t(b) * tokens, first = (size_t(b) * hv + h) * dk * dv + column;
-    float s[ROWS], *ring = shared_memory<float>();
+    const int column = 8 * warp_index() + 2 * (lane_index() % 4), mine = begin + column;
+    const size_t first_row = size_t(b) * tokens, first = (size_t(b) * hv + h) * dk * dv + mine;
+    float s[ROWS][2], *ring = shared_memory<float>();
     EACH(i, ROWS) {  // before the wait: prepare does not write it
-      const int r = i / 4 * 16 + above + i % 4;
-      s[i] = r < dk && column < dv ? state[first + size_t(r) * dv] : 0.0f;
+      EACH(j, 2) s[i][j] = row(i) < dk && mine + j < dv ? state[first + row(i) * dv + j] : 0.0f;
     }
     for (int i = threadIdx.x; i < SHARED / 4; i += THREADS) ring[i] = 0.0f;  // rows that are not there stay 0
     __syncthreads();
     wait_for_previous();
     const int end = tokens_of(lengths, b, tokens);
-    const float* from = qkv + row * heads.channels();
-    const Tokens all{from + key, from + hk * dk + key, from + 2 * hk * dk + h * dv + begin, gates + (row * hv + h) * 2,
-                     ring, heads.channels(), hv, dk, min(COLUMNS, dv - begin), end, (dk | dv) % 4 == 0};
+    const float* from = qkv + first_row * heads.channels();
+    const Tokens all{from + key,
+                     from + hk * dk + key,
+                     from + 2 * hk * dk + h * dv + begin,
+                     gates + (first_row * hv + h) * 2,
+                     ring,
+                     heads.channels(),
+                     hv,
+                     dk,
+                     min(COLUMNS, dv - begin),
+                     end,
+                     (dk | dv) % 4 == 0};
     all.fetch(0);
     all.fetch(TOKENS);
     copies_wait();
     __syncthreads();
-    const bool writes = above == 0 && column < dv;
-    if (end > 0) walk(all, s, mine, o + (row * hv + h) * dv + column, hv * dv, writes);
+    const int writes = lane_index() / 4;  // 0 and 1: the first and the second column
+    if (end > 0)
+      walk(all, s, column, o + (first_row * hv + h) * dv + mine + writes, hv * dv, writes < 2 && mine + writes < dv);
     EACH(i, ROWS) {
-      const int r = i / 4 * 16 + above + i % 4;
-      if (r < dk && column < dv) new_state[first + size_t(r) * dv] = s[i];
+      EACH(j, 2) if (row(i) < dk && mine + j < dv) new_state[first + row(i) * dv + j] = s[i][j];
     }
   }
 };

@@ -1,45 +1,46 @@
 // The delta rule and the gated norm of one token.
 //
-// Bytes: a head's state, f32[128, 128], is 64 KB; all of it is requested at once and stays in registers, so a block of
-// 512 threads has 64 KB in flight. A batch of 1 has 32 blocks: 2 MB in flight on the GPU, of the ~3 MB that 4.3 TB/s need
-// at 0.7 us; what bounds it is the 64 bytes a cycle that a multiprocessor takes in, 0.6 us for a head. That is hidden:
-// reads begin before the wait, while prepare runs. Four blocks a head would write 0.4 us faster and have to join their
-// sums of squares in another launch, which costs more.
+// Bytes: a head's state, f32[128, 128], is 64 KB; a block of 512 threads asks for all of it at once and keeps it in
+// registers. A batch of 1 has 32 blocks, 2 MB in flight on the GPU; what bounds them is the 64 bytes a cycle that a
+// multiprocessor takes in, 0.6 us for a head, and it is hidden: reads begin before the wait, while prepare runs. Four blocks
+// a head would write 0.4 us faster, and have to join their sums of squares in one more launch, which costs more.
 #pragma once
 #include "gated_delta.cuh"
 
 namespace hm {
 
-// dk and dv up to 128, dv a multiple of 4. Blocks: (value heads of a key head, key heads, sequences). Warp i has rows
-// i, i + 16, ..., a lane 4 columns. state and new_state may be the same array.
+// dk and dv up to 128, dv a multiple of 4. Blocks: (value heads of a key head, key heads, sequences). A warp has a
+// chain's rows, a lane 4 columns of them. state and new_state may be the same array.
 struct delta_step {
   static constexpr int THREADS = 512, BLOCKS = 2, MOST = 128, CHAINS = 16, ROWS = MOST / CHAINS;
   struct Shared {
-    float k[MOST], q[MOST], v[MOST], z[MOST], norm[MOST], learnt[MOST], out[MOST], chains[CHAINS][MOST], gate[2];
+    float2 kq[MOST];
+    float v[MOST], z[MOST], norm[MOST], learnt[MOST], out[MOST], chains[CHAINS][MOST], gate[2];
   };
+
+  // Row i of this warp's chain, and how far it is from the first.
+  static __device__ int row(int i) { return int(warp_index()) / 2 * 4 + int(warp_index()) % 2 + steps(i); }
+  static __device__ int steps(int i) { return i / 2 * 32 + i % 2 * 2; }
 
   // This thread's part of a state, rows of dv numbers that begin at p.
   static __device__ void load_state(const float* p, int dk, int dv, float (*s)[4]) {
-    const int row = warp_index(), column = 4 * lane_index();
-    const float* from = p + row * dv + column;
+    const int column = 4 * lane_index(), chain = row(0);
+    p += chain * dv + column;
     EACH(i, ROWS) {
-      const bool mine = row + CHAINS * i < dk && column < dv;
-      const float4 f = mine ? *reinterpret_cast<const float4*>(from) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      const bool mine = chain + steps(i) < dk && column < dv;
+      const float4 f = mine ? *reinterpret_cast<const float4*>(p) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       s[i][0] = f.x, s[i][1] = f.y, s[i][2] = f.z, s[i][3] = f.w;
-      from += CHAINS * dv;
+      p += (steps(i + 1) - steps(i)) * dv;
     }
   }
   static __device__ void store_state(float* p, int dk, int dv, const float (*s)[4]) {
-    const int row = warp_index(), column = 4 * lane_index();
-    float* to = p + row * dv + column;
+    const int column = 4 * lane_index(), chain = row(0);
+    p += chain * dv + column;
     EACH(i, ROWS) {
-      if (row + CHAINS * i < dk && column < dv)
-        *reinterpret_cast<float4*>(to) = make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
-      to += CHAINS * dv;
+      if (chain + steps(i) < dk && column < dv) *reinterpret_cast<float4*>(p) = make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
+      p += (steps(i + 1) - steps(i)) * dv;
     }
   }
-  // Where row r of q or k lies: a warp's rows side by side.
-  static __device__ int place(int r) { return r % CHAINS * ROWS + r / CHAINS; }
 
   // The block's chains, four columns from each thread, to the sums of columns: thread c has column c's.
   static __device__ float join(const float* four, Shared& at, int c) {
@@ -58,10 +59,10 @@ struct delta_step {
 
   // The state after the token, to `to`; at.out: S^T q.
   static __device__ void learn(float (*s)[4], Shared& at, float* to, int dk, int dv) {
-    const int row = warp_index() * ROWS, column = 4 * lane_index(), c = threadIdx.x;
+    const int column = 4 * lane_index(), c = threadIdx.x;
     float four[4] = {};
     EACH(i, ROWS) {
-      const float k = at.k[row + i];
+      const float k = at.kq[row(i)].x;
       EACH(j, 4) four[j] = fmaf(s[i][j], k, four[j]);
     }
     const float sum = join(four, at, c);
@@ -70,10 +71,10 @@ struct delta_step {
     const float decay = at.gate[0];
     EACH(j, 4) four[j] = 0.0f;
     EACH(i, ROWS) {
-      const float k = at.k[row + i], q = at.q[row + i];
+      const float2 kq = at.kq[row(i)];
       EACH(j, 4) {
-        s[i][j] = next_state(s[i][j], decay, at.learnt[column + j], k);
-        four[j] = fmaf(s[i][j], q, four[j]);
+        s[i][j] = next_state(s[i][j], decay, at.learnt[column + j], kq.x);
+        four[j] = fmaf(s[i][j], kq.y, four[j]);
       }
     }
     store_state(to, dk, dv, s);
@@ -102,8 +103,7 @@ struct delta_step {
     if (there) {
       const float* q = qkv + size_t(b) * heads.channels() + key * dk;
       if (c < MOST) {
-        at.k[place(c)] = c < dk ? q[hk * dk + c] : 0.0f;
-        at.q[place(c)] = c < dk ? q[c] : 0.0f;
+        at.kq[c] = c < dk ? make_float2(q[hk * dk + c], q[c]) : make_float2(0.0f, 0.0f);
         at.v[c] = c < dv ? qkv[size_t(b) * heads.channels() + 2 * hk * dk + h * dv + c] : 0.0f;
       }
       if (c < 2) at.gate[c] = gates[2 * head + c];

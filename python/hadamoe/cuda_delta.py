@@ -64,8 +64,8 @@ def gated_delta(
             4 * ((7 + 16) * SMALL_HEAD + 2),  # delta_step::Shared
         )
         return [prepare, step]
-    rows = 32 if dk <= SMALL_HEAD else 64  # of the state that a lane has
-    ahead, token = 3 * 256 // rows, 8 * rows + 32 + 4  # delta_scan::SHARED
+    rows = 16 if dk <= SMALL_HEAD else 32  # of the state that a lane has
+    ring, token = 3 * 128 // rows, 2 * 8 * rows + 32 + 4  # delta_scan::SHARED
     scan = Launch(
         "delta_scan",
         "gated_delta_scan",
@@ -75,7 +75,7 @@ def gated_delta(
         {"tokens": tokens} | sizes,
         (-(-dv // 32), hv, batch),
         128,
-        4 * ahead * token,
+        4 * ring * token,
     )
     norm = Launch(
         "delta_norm",

@@ -35,8 +35,11 @@ ARCHITECTURE = "90a"
 #: Registers of a thread that let two blocks of 256 threads, or four of 128, share a multiprocessor.
 REGISTERS = 128
 #: Kernels that may have more, and how many: one block of 256 threads, or two of 128. A tile's sums
-#: are most of what a multiprocessor has.
-WIDE = {"qmatmul<2, 64>": 255, "qmatmul<3, 32>": 255}
+#: are most of what a multiprocessor has; no known model has gated delta heads of more than 128.
+WIDE = {
+    **{"qmatmul<2, 64>": 255, "qmatmul<3, 32>": 255},
+    **{"delta_scan<32>": 255, "delta_prepare<8, 8>": 255},
+}
 #: Static shared memory of a block, in bytes; what grows with a model's sizes is dynamic.
 SHARED = 2048
 #: Kernels that may keep something in a stack frame, and its bytes. Never one of a decoded token.
