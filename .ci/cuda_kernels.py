@@ -29,7 +29,7 @@ FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v")
 
 
 class Kernel(NamedTuple):
-    """A kernel as ptxas reports it; sizes in bytes."""
+    """A kernel as ptxas reports it, the functions it calls included; sizes in bytes."""
 
     name: str
     architecture: str
@@ -67,14 +67,12 @@ def parse(log: str) -> Iterator[Kernel]:
     """The kernels in what ``-Xptxas -v`` prints."""
     for part in log.split("Compiling entry function '")[1:]:
         mangled, architecture = re.match(r"(\w+)' for 'sm_(\w+)'", part).groups()
-        stack, *spilled = map(
-            int,
-            re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part).groups(),
-        )
+        stack = re.findall(r"(\d+) bytes (?:stack frame|cumulative stack size)", part)
+        spilled = re.findall(r"(\d+) bytes spill", part)
         shared = re.search(r"(\d+) bytes smem", part)
         yield Kernel(
             kernel_name(mangled), architecture, int(re.search(r"Used (\d+) registers", part)[1]),
-            stack, sum(spilled), int(shared[1]) if shared else 0,
+            max(map(int, stack)), sum(map(int, spilled)), int(shared[1]) if shared else 0,
         )  # fmt: skip
 
 
