@@ -20,14 +20,14 @@ struct ConvInput {
 
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }  // torch's threshold
 
-// Heads of up to 32 PIECES numbers, up to TAPS taps. Warps: (heads of q, k and v, tiles of tokens, sequences); tile is at
-// least taps - 1 or all tokens, at most 32. The warp of a head's first tile also replaces the head's conv state, which may
-// be the same array: it alone reads it.
+// Heads of up to 32 PIECES numbers, up to TAPS taps. Warps: (heads of q, k and v, then 32 value heads' gates at a time;
+// tiles of tokens; sequences). tile is at least taps - 1 or all tokens. The warp of a head's first tile also replaces the
+// head's conv state, which may be the same array: it alone reads it.
 template <int PIECES, int TAPS>
 struct delta_prepare {
   static constexpr int THREADS = 128, BLOCKS = 16 / PIECES;
 
-  // Of n channels from `channel` on; taps that are not there weigh 0.
+  // A head's channels, from `channel` on; taps that are not there weigh 0.
   static __device__ void load_weights(const float* conv_weight, int channel, int n, int taps, float (*weight)[TAPS]) {
     const int missing = TAPS - taps;
     EACH(p, PIECES) {
@@ -35,18 +35,21 @@ struct delta_prepare {
       EACH(j, TAPS) weight[p][j] = c < n && j >= missing ? conv_weight[(channel + c) * taps + j - missing] : 0.0f;
     }
   }
-
-  // y = silu(conv) of tokens first .. stop - 1; to length `length` where that is not 0.
-  static __device__ void convolve(const ConvInput& input, const float (*weight)[TAPS], int channel, int n, int first,
-                                  int stop, float length, float* y, int stride) {
-    const int lane = lane_index(), missing = TAPS - input.taps;
-    float window[PIECES][TAPS], newest[PIECES];  // one token ahead
+  // The inputs before token t, newest last.
+  static __device__ void load_window(const ConvInput& input, int channel, int n, int t, float (*window)[TAPS]) {
     EACH(p, PIECES) {
-      const int c = lane + 32 * p;
-      const bool any = c < n && first < stop;
-      EACH(j, TAPS - 1) window[p][j + 1] = any && j >= missing ? input.at(channel + c, first - TAPS + 1 + j) : 0.0f;
-      newest[p] = any ? input.at(channel + c, first) : 0.0f;
+      const int c = lane_index() + 32 * p;
+      EACH(j, TAPS) window[p][j] = c < n && j >= TAPS - input.taps ? input.at(channel + c, t - TAPS + j) : 0.0f;
     }
+  }
+
+  // y = silu(conv) of tokens first .. stop - 1; to length `length` where that is not 0. The window moves from first to stop.
+  static __device__ void convolve(const ConvInput& input, const float (*weight)[TAPS], float (*window)[TAPS], int channel,
+                                  int n, int first, int stop, float length, float* y, int stride) {
+    const int lane = lane_index();
+    float newest[PIECES];  // one token ahead
+    EACH(p, PIECES) newest[p] = lane + 32 * p < n && first < stop ? input.at(channel + lane + 32 * p, first) : 0.0f;
+    load_window(input, channel, n, first, window);
     for (int t = first; t < stop; t++) {
       float out[PIECES], square = 0.0f;
       EACH(p, PIECES) {
@@ -68,37 +71,45 @@ struct delta_prepare {
     }
   }
 
+  // decay and beta of the value heads h of this warp's lanes.
+  static __device__ void make_gates(const ConvInput& input, const Heads& heads, const float* a_log, const float* dt_bias,
+                                    float* gates, int h, int first, int stop) {
+    if (h >= heads.hv) return;
+    const float rate = expf(a_log[h]), bias = dt_bias[h];
+    const int column = heads.channels() + heads.hv * heads.dv + h;
+    for (int t = first; t < stop; t++) {
+      const float learns = input.at(column, t), forgets = input.at(column + heads.hv, t) + bias;
+      float2* gate = reinterpret_cast<float2*>(gates) + (input.row + t) * heads.hv + h;
+      *gate = make_float2(expf(__fmul_rn(-rate, softplus(forgets))), sigmoid(learns));
+    }
+  }
+
   static __device__ void run(const void* proj, const float* conv_weight, const float* a_log, const float* dt_bias,
                              const float* conv_state, const bool* mask, const int* lengths, float* qkv, float* gates,
                              float* new_conv_state, int tokens, int tile, int hk, int hv, int dk, int dv, int taps,
                              int dtype) {
     const Heads heads{hk, hv, dk, dv};
     const int head = blockIdx.x * (blockDim.x / 32) + warp_index(), first = blockIdx.y * tile, b = blockIdx.z;
-    if (head >= 2 * hk + hv) return;
-    const int h = head - 2 * hk, n = h < 0 ? dk : dv, channel = h < 0 ? head * dk : 2 * hk * dk + h * dv;
-    const size_t row = size_t(b) * tokens, states = size_t(b) * heads.channels() * taps;
-    const bool* shown = mask ? mask + row : nullptr;
-    const ConvInput input{proj, conv_state + states, shown, row, heads.width(), taps, dtype};
-    const float length = head < hk ? __frcp_rn(__fsqrt_rn(float(dk))) : h < 0 ? 1.0f : 0.0f;
-    float weight[PIECES][TAPS];
+    const int h = head - 2 * hk, n = h >= hv ? 0 : h < 0 ? dk : dv, channel = h < 0 ? head * dk : 2 * hk * dk + h * dv;
+    const size_t row = size_t(b) * tokens, states = (size_t(b) * heads.channels() + channel) * taps;
+    const ConvInput input{proj,         conv_state + size_t(b) * heads.channels() * taps,
+                          mask ? mask + row : nullptr, row, heads.width(), taps, dtype};
+    float weight[PIECES][TAPS], window[PIECES][TAPS];
     load_weights(conv_weight, channel, n, taps, weight);
     wait_for_previous();
     const int end = tokens_of(lengths, b, tokens), stop = min(end, first + tile);
-    convolve(input, weight, channel, n, first, stop, length, qkv + row * heads.channels() + channel, heads.channels());
-    const int t = first + lane_index();
-    if (h >= 0 && t < stop) {
-      const size_t at = (row + t) * heads.width() + heads.channels() + hv * dv + h;
-      const bool seen = !shown || shown[t];
-      const float learns = seen ? load_number(proj, at, dtype) : 0.0f;
-      const float forgets = (seen ? load_number(proj, at + hv, dtype) : 0.0f) + dt_bias[h];
-      float* gate = gates + ((row + t) * hv + h) * 2;
-      gate[0] = expf(__fmul_rn(-expf(a_log[h]), softplus(forgets)));
-      gate[1] = sigmoid(learns);
-    }
+    if (h >= hv) return make_gates(input, heads, a_log, dt_bias, gates, 32 * (h - hv) + lane_index(), first, stop);
+    const float length = head < hk ? __frcp_rn(__fsqrt_rn(float(dk))) : h < 0 ? 1.0f : 0.0f;
+    convolve(input, weight, window, channel, n, first, stop, length, qkv + row * heads.channels() + channel,
+             heads.channels());
     if (first > 0) return;
-    for (int c = lane_index(); c < n; c += 32) {
-      for (int j = 0; j < taps; j++)  // upwards: an older input's place is read before it is taken
-        new_conv_state[states + size_t(channel + c) * taps + j] = input.at(channel + c, end - taps + j);
+    if (stop < end) load_window(input, channel, n, end, window);
+    EACH(p, PIECES) {
+      const int c = lane_index() + 32 * p;
+      EACH(j, TAPS) {
+        const int i = j - (TAPS - taps);
+        if (c < n && i >= 0) new_conv_state[states + c * taps + i] = window[p][j];
+      }
     }
   }
 };

@@ -103,6 +103,7 @@ def _prepare(
     small = max(dk, dv) <= SMALL_HEAD and taps <= SMALL_TAPS
     names = ("proj", "conv_weight", "a_log", "dt_bias", "conv_state")
     warps = 1 if tokens == 1 else 4
+    units = 2 * hk + hv + -(-hv // 32)  # heads, then gates
     return Launch(
         "delta_prepare",
         "gated_delta_prepare",
@@ -114,6 +115,6 @@ def _prepare(
             Output("new_conv_state", (batch, channels, taps), "float32"),
         ),
         {"tokens": tokens, "tile": TILE} | sizes | {"taps": taps, "dtype": number},
-        (-(-(2 * hk + hv) // warps), max(-(-tokens // TILE), 1), batch),
+        (-(-units // warps), max(-(-tokens // TILE), 1), batch),
         32 * warps,
     )
