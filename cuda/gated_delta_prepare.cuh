@@ -26,6 +26,8 @@ __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x
 template <int PIECES, int TAPS>
 struct delta_prepare {
   static constexpr int THREADS = 128, BLOCKS = 16 / PIECES;
+  static constexpr int AHEAD = PIECES > 4 ? 1 : 3;  // tokens on their way while one is convolved
+  static constexpr int WINDOW = TAPS + AHEAD;
 
   // A head's channels, from `channel` on; taps that are not there weigh 0.
   static __device__ void load_weights(const float* conv_weight, int channel, int n, int taps, float (*weight)[TAPS]) {
@@ -35,28 +37,28 @@ struct delta_prepare {
       EACH(j, TAPS) weight[p][j] = c < n && j >= missing ? conv_weight[(channel + c) * taps + j - missing] : 0.0f;
     }
   }
-  // The inputs before token t, newest last.
-  static __device__ void load_window(const ConvInput& input, int channel, int n, int t, float (*window)[TAPS]) {
+  // The TAPS inputs before token t and the AHEAD from t on, of tokens before stop.
+  static __device__ void load_window(const ConvInput& input, int channel, int n, int t, int stop,
+                                     float (*window)[WINDOW]) {
     EACH(p, PIECES) {
       const int c = lane_index() + 32 * p;
-      EACH(j, TAPS) window[p][j] = c < n && j >= TAPS - input.taps ? input.at(channel + c, t - TAPS + j) : 0.0f;
+      EACH(j, WINDOW) {
+        const bool there = j < TAPS ? j >= TAPS - input.taps : t - TAPS + j < stop;
+        window[p][j] = c < n && there ? input.at(channel + c, t - TAPS + j) : 0.0f;
+      }
     }
   }
 
   // y = silu(conv) of tokens first .. stop - 1; to length `length` where that is not 0. The window moves from first to stop.
-  static __device__ void convolve(const ConvInput& input, const float (*weight)[TAPS], float (*window)[TAPS], int channel,
-                                  int n, int first, int stop, float length, float* y, int stride) {
-    const int lane = lane_index();
-    float newest[PIECES];  // one token ahead
-    EACH(p, PIECES) newest[p] = lane + 32 * p < n && first < stop ? input.at(channel + lane + 32 * p, first) : 0.0f;
-    load_window(input, channel, n, first, window);
+  static __device__ void convolve(const ConvInput& input, const float (*weight)[TAPS], float (*window)[WINDOW],
+                                  int channel, int n, int first, int stop, float length, float* y, int stride) {
+    load_window(input, channel, n, first, stop, window);
     for (int t = first; t < stop; t++) {
       float out[PIECES], square = 0.0f;
       EACH(p, PIECES) {
-        const int c = lane + 32 * p;
-        EACH(j, TAPS - 1) window[p][j] = window[p][j + 1];
-        window[p][TAPS - 1] = newest[p];
-        newest[p] = c < n && t + 1 < stop ? input.at(channel + c, t + 1) : 0.0f;
+        const int c = lane_index() + 32 * p;
+        EACH(j, WINDOW - 1) window[p][j] = window[p][j + 1];
+        window[p][WINDOW - 1] = c < n && t + AHEAD < stop ? input.at(channel + c, t + AHEAD) : 0.0f;
         float sum = 0.0f;
         EACH(j, TAPS) sum = fmaf(window[p][j], weight[p][j], sum);
         out[p] = silu(sum);
@@ -65,7 +67,7 @@ struct delta_prepare {
       float factor = 1.0f;
       if (length != 0.0f) factor = __fmul_rn(__frcp_rn(__fsqrt_rn(warp_sum(square) + 1e-6f)), length);
       EACH(p, PIECES) {
-        const int c = lane + 32 * p;
+        const int c = lane_index() + 32 * p;
         if (c < n) y[size_t(t) * stride + c] = __fmul_rn(out[p], factor);
       }
     }
@@ -94,7 +96,7 @@ struct delta_prepare {
     const size_t row = size_t(b) * tokens, states = (size_t(b) * heads.channels() + channel) * taps;
     const ConvInput input{proj,         conv_state + size_t(b) * heads.channels() * taps,
                           mask ? mask + row : nullptr, row, heads.width(), taps, dtype};
-    float weight[PIECES][TAPS], window[PIECES][TAPS];
+    float weight[PIECES][TAPS], window[PIECES][WINDOW];
     load_weights(conv_weight, channel, n, taps, weight);
     wait_for_previous();
     const int end = tokens_of(lengths, b, tokens), stop = min(end, first + tile);
@@ -103,7 +105,7 @@ struct delta_prepare {
     convolve(input, weight, window, channel, n, first, stop, length, qkv + row * heads.channels() + channel,
              heads.channels());
     if (first > 0) return;
-    if (stop < end) load_window(input, channel, n, end, window);
+    if (stop < end) load_window(input, channel, n, end, end, window);
     EACH(p, PIECES) {
       const int c = lane_index() + 32 * p;
       EACH(j, TAPS) {
