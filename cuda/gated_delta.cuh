@@ -7,8 +7,9 @@
 //
 // A token alone takes prepare and step, more take prepare, scan and norm. What is in this file is all the arithmetic of
 // step, scan and norm, and each sum has one order, so a prompt has the same bits in one call, cut anywhere and token by
-// token. A sum down a column of the state: 16 chains of fused multiply-adds, chain 2 g + p takes the rows r, upwards, with
-// r / 4 % 8 == g and r % 2 == p; chains are added pairwise, neighbours first.
+// token; no product is added but by fmaf, so a compiler has nothing to contract. A sum down a column of the state is 16
+// chains of fused multiply-adds: chain 2 g + p takes the rows r, upwards, with r / 4 % 8 == g and r % 2 == p. Chains are
+// added pairwise, neighbours first.
 //
 // prepare is a launch of its own for one token too: value heads share q and k, and a block of one of them could not
 // replace their conv states while a block of another still reads them.
@@ -28,7 +29,7 @@ __device__ inline int tokens_of(const int* lengths, int b, int tokens) {
   return lengths ? max(0, min(lengths[b], tokens)) : tokens;
 }
 
-__device__ inline float sigmoid(float x) { return __frcp_rn(1.0f + expf(-x)); }
+__device__ inline float sigmoid(float x) { return __frcp_rn(__fadd_rn(1.0f, expf(-x))); }
 __device__ inline float silu(float x) { return __fmul_rn(x, sigmoid(x)); }
 
 // Pairs, then pairs of pairs; v is used up.
@@ -52,7 +53,7 @@ __device__ inline float next_state(float s, float decay, float learnt, float k) 
 __device__ inline float inverse_rms(const float* o, int n, float eps) {
   float square = 0.0f;
   for (int c = lane_index(); c < n; c += 32) square = fmaf(o[c], o[c], square);
-  return __frcp_rn(__fsqrt_rn(__fdiv_rn(warp_sum(square), float(n)) + eps));
+  return __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(warp_sum(square), float(n)), eps)));
 }
 __device__ inline float gated(float o, float inverse, float norm, float z) {
   return __fmul_rn(__fmul_rn(norm, __fmul_rn(o, inverse)), silu(z));
