@@ -7,7 +7,7 @@
 3. The rate of a copy, and beside it: full-shape synthetic checkpoints (prompt, decode, batches, a
    long context, microseconds per kernel); every instance with 1, 4 and 8 tokens, dense, as
    large as a head and 8 of 256 experts, over weights several times the L2; the Hadamard rotation;
-   products of prompts beside torch's bf16 matmul.
+   gated delta layers; products of prompts beside torch's bf16 matmul.
 
 Nothing passes or fails but claims and sanitizers. A step that breaks says so and the next runs;
 what there was no time for is named.
@@ -27,9 +27,11 @@ from typing import Any
 from gpu_kernels import (
     Clock,
     copy_rate,
+    deltas,
     hadamards,
     products,
     prompts,
+    show_delta,
     show_hadamard,
     show_product,
     show_prompt,
@@ -106,6 +108,7 @@ def measure(folder: Path, sizes: Sizes, built: float) -> tuple[dict[str, Any], l
         "models": (lambda: models(folder, copy, sizes, clock), show_model),
         "products": (lambda: products(copy, sizes.pool, clock), show_product),
         "hadamard": (lambda: hadamards(copy), show_hadamard),
+        "gated_delta": (lambda: deltas(copy), show_delta),
         "prompts": (lambda: prompts(clock), show_prompt),
     }
     report["sanitizers"] = attempt(lambda: sanitize(clock))

@@ -18,6 +18,8 @@ EXPERTS = 8
 SHAPES = {**bench.SHAPES, "head": (248320, 2048)}
 #: What prompts are measured with.
 PROMPT_TOKENS = (512, 4096)
+#: Gated DeltaNet: its layers, (key, value) heads and their sizes, and sequences decoded together.
+LAYERS, HEADS, HEAD_DIMS, BATCHES = 30, (16, 32), (128, 128), (1, 8, 32, 64)
 #: fast-hadamard-transform's published time over a copy's, up to 8192 columns (A100).
 PUBLISHED_HADAMARD = 1.0
 
@@ -157,6 +159,42 @@ def prompts(clock: Clock) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def deltas(copy: float) -> Iterator[dict[str, Any]]:
+    """A token of each of `LAYERS` gated delta layers in turn, whose states are more than the L2
+    together; then one layer's prompts."""
+    for batch in BATCHES:
+        layers = [delta_arrays(batch, 1) for _ in range(LAYERS)]
+        states = 2 * sum(layer[-1].nbytes for layer in layers)
+        took = seconds(lambda layers=layers: [delta(layer) for layer in layers])
+        rate = states / took / 1e9
+        yield {
+            "batch": batch, "tokens": 1, "us": took / LAYERS * 1e6,
+            "gbytes": rate, "of_copy": rate / copy,
+        }  # fmt: skip
+    for tokens in PROMPT_TOKENS:
+        layer = delta_arrays(1, tokens)
+        took = seconds(lambda layer=layer: delta(layer))
+        yield {"batch": 1, "tokens": tokens, "us": took * 1e6}
+
+
+def delta_arrays(batch: int, tokens: int) -> list[torch.Tensor]:
+    """proj, conv_weight, a_log, dt_bias, norm, conv_state and state of a layer."""
+    (hk, hv), (dk, dv) = HEADS, HEAD_DIMS
+    channels = 2 * hk * dk + hv * dv
+    shapes = (
+        (batch, tokens, channels + hv * dv + 2 * hv), (channels, 4), (hv,), (hv,), (dv,),
+        (batch, channels, 4), (batch, hv, dk, dv),
+    )  # fmt: skip
+    return [0.1 * torch.randn(shape, device=DEVICE) for shape in shapes]
+
+
+def delta(layer: list[torch.Tensor]) -> None:
+    """A gated delta layer, its states in place."""
+    front = torch_cuda.front(DEVICE)
+    options = {"heads": HEADS, "head_dims": HEAD_DIMS, "eps": 1e-6}
+    gpu_calls.gated_delta(front, *layer, **options, in_place=True)
+
+
 def show_product(row: dict[str, Any]) -> str:
     """One line of the table of instances."""
     if "left_out" in row:
@@ -179,3 +217,11 @@ def show_prompt(row: dict[str, Any]) -> str:
         return f"{row['instance']:20} {row['tokens']:5} tokens left out: {row['left_out']}"
     what = f"{row['instance']:20} {row['tokens']:5} tokens"
     return f"{what} {row['tflops']:6.0f} TFLOP/s  {row['of_torch']:6.1%} of torch bf16"
+
+
+def show_delta(row: dict[str, Any]) -> str:
+    """One line of the table of gated delta layers."""
+    what = f"gated delta batch {row['batch']:2} {row['tokens']:5} tokens {row['us']:8.1f} us"
+    if "gbytes" not in row:
+        return what
+    return f"{what} {row['gbytes']:7.0f} GB/s of states {row['of_copy']:6.1%}"
