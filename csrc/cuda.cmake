@@ -34,7 +34,7 @@ if(NOT CMAKE_CUDA_COMPILER OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS hm_cuda_o
 endif()
 
 # For this machine's GPUs, else for all; the PTX is for GPUs to come. 90a has all of 90 and runs wherever 90 does.
-if(NOT hm_architectures)
+if(NOT hm_architectures OR hm_architectures STREQUAL "native")
   set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120-real 90-virtual)
   if(CMAKE_CUDA_ARCHITECTURES_NATIVE MATCHES "^[0-9]+a?-real")
     string(REPLACE "90-real" "90a-real" CMAKE_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES_NATIVE}")
