@@ -71,7 +71,8 @@ def built(tmp_path_factory) -> Built:
     tools = f"{cmake.CMAKE_BIN_DIR}{os.pathsep}{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
     flags = {"CUDAARCHS": f"{ARCHITECTURE}-real", "CUDAFLAGS": "-Xptxas -v"}
     environment = os.environ | flags | {"PATH": tools}
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DHM_CUDA=pypi"]
+    how = "pypi" if "site-packages" in cuda_kernels.nvcc().parts else "on"
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DHM_CUDA={how}"]
     configure += ["-DHM_WERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     log = ""
     for command in (configure, ["cmake", "--build", folder, "--target", "_cuda"]):
@@ -165,7 +166,7 @@ def linked(built) -> Module:
     """The module's own two files again, in a namespace of their own, so that `hadamoe._cuda` may be
     in the same process; kernels and tables are those of the build."""
     here = Path(__file__).parent
-    system = cuda_kernels.nvcc().parent.parent / "include"
+    system = cuda_kernels.nvcc().resolve().parent.parent / "include"
     include = [system, nanobind.include_dir(), built.folder / "cuda"]
     sources = [ROOT / "csrc" / "bind" / name for name in ("cuda.cpp", "cuda_device.cpp")]
     objects = sorted((built.folder / "CMakeFiles" / "hm_cuda.dir" / "cuda").glob("*.o"))
