@@ -62,4 +62,48 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 // All of this thread's groups have arrived.
 __device__ inline void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+// Whether four warps in a row multiply together (wgmma): sm_90a, Hopper's own instructions, at twice the rate of mma.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool WARPGROUPS = true;
+
+// A matrix of bytes in shared memory for multiply_group: its rows are lines of 128 bytes, whose 16-byte pieces are
+// exchanged by the line's number modulo 8. tile: a multiple of 1024, and 32 for each step of k from there.
+__device__ inline unsigned long long group_matrix(const void* tile) {
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(tile)) & 0x3ffffu;
+  return 1ull << 62 | 64ull << 32 | place >> 4;
+}
+// Registers are written: before the first product that reads them.
+__device__ inline void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// What this thread has copied to shared memory is there for multiply_group, which goes another way.
+__device__ inline void group_copies_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Products since the last commit are a group.
+__device__ inline void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// All but the last LEFT groups are done.
+template <int LEFT>
+__device__ inline void group_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// d += a b as multiply_bytes, for each warp's own 16 rows and 64 or 32 columns; d and a are to be left alone until the wait.
+__device__ inline void multiply_group(int (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+      "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1;"
+      : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]),
+        "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]), "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]),
+        "+r"(d[4][0]), "+r"(d[4][1]), "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
+        "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]), "+r"(d[7][2]), "+r"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ inline void multiply_group(int (&d)[4][4], const unsigned (&a)[4], unsigned long long b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+      "{%16,%17,%18,%19}, %20, 1;"
+      : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]),
+        "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]), "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#else
+constexpr bool WARPGROUPS = false;
+#endif
+
 }  // namespace hm

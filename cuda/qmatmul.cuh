@@ -2,18 +2,21 @@
 // registers, once for all tokens of a tile; tokens are fixed point in PLANES bytes under a unit for each 128 columns
 // (qmatmul_prepare.cuh). Integer sums are exact; f32 joins groups, or blocks of 128 columns, in the order of columns.
 //
-// What is multiplied, m16n8k32 of bytes at twice the rate of bf16's m16n8k16, and the time of it in units of a bf16 product:
+// What is multiplied, bytes at twice the rate of bf16, and the time of it in units of a bf16 product:
 //                                PLANES 2                 PLANES 3
 //   linear, E2M1                 2 bytes of x: 1.0        3: 1.5
 //   codebook, PLANES bytes too   hh, hl, lh: 1.5          hh, hm, mh, mm, hl, lh: 3.0
 //   plain, 16 bits               2 terms: 2.0 (x of that type: 1 term)
-//   plain, f32                   3: 3.0                   6: 6.0
+//   plain, f32                   -                        6: 6.0
 // x is off by at most 1 / 32639 of the largest of its 128 columns with two planes, 1 / 8355711 with three; a codebook's
-// entries as much of their largest, and the products left out are at most 1 / 32639 (8355711) of both largest.
+// entries as much of their largest, and the products left out are 2.01 / 32639 (4.02 / 8355711) of both largest at most.
 //
-// A block of 128 columns is the pipeline's step: at H200's rate it takes longer than its 16 KB of tokens and 32 rows a
-// warp need from L2, so two stages are enough. Records lie in shared memory in lines of 128 bytes, whose 16-byte
-// pieces are exchanged by the line's number: ldmatrix meets no bank twice. Lines of codes have an odd number of pieces.
+// sm_90a has wgmma, of which mma reaches 60 %: A from the same registers, B from the same shared memory, so that only who
+// multiplies differs. Plain numbers go by mma everywhere.
+//
+// A block of 128 columns is the pipeline's step: at H200's rate it takes 1000 clocks and more, in which L2 gives what the
+// next one needs, so two stages are enough. Records lie in shared memory in lines of 128 bytes, whose 16-byte pieces
+// are exchanged by the line's number: ldmatrix meets no bank twice. Lines of codes have an odd number of pieces.
 #pragma once
 #include "qmatmul_prepare.cuh"
 
@@ -21,23 +24,24 @@ namespace hm {
 
 template <int PLANES, int TOKENS>
 struct Prompt {
-  enum { TILES = TOKENS / 8, RECORD = record_bytes(PLANES), HEAD = 1024, X = PLANES * TOKENS * 128, FACTS = 20 * TOKENS };
+  enum { TILES = TOKENS / 8, RECORD = record_bytes(PLANES), X = PLANES * TOKENS * 128, FACTS = 20 * TOKENS };
   struct Head {
     uint4 table[4];  // bytes of entries, a plane each
     int source[TOKENS], target[TOKENS];  // token, and row of y or -1
     float factor;
   };
-  static_assert(sizeof(Head) <= HEAD, "");
+  static_assert(sizeof(Head) <= 1024, "");
 
   const char* records;
   const uint* words;
   TilePart part;
   TileKind kind;
   Head* head;
+  char* stages;
   int columns, per_token, row, groups, pieces, stage_bytes;  // pieces: of 16 bytes, in a line of codes
   float y[2][TILES][4];
 
-  __device__ char* stage(int i) const { return reinterpret_cast<char*>(head) + HEAD + i % 2 * stage_bytes; }
+  __device__ char* stage(int i) const { return stages + i % 2 * stage_bytes; }
   __device__ int line() const { return (pieces | 1) * 16; }
   __device__ int steps() const {  // of 32 columns under one scale
     const int group = groups == 1 ? 128 : int(part.group);
@@ -70,16 +74,16 @@ struct Prompt {
     copies_commit();
   }
 
-  // Sums of a's STEPS steps, from step `first` on, times a plane of all tokens.
+  // Adds a's STEPS steps, from step `first` on, times a plane of all tokens to sum(half, 8 tokens).
   template <int STEPS, class Sum, class F>
-  __device__ void multiply(const char* x, int first, const uint (&a)[2][STEPS][4], Sum (&sum)[2][TILES][4], F mma) const {
+  __device__ void multiply(const char* x, int first, const uint (&a)[2][STEPS][4], Sum sum, F mma) const {
     const uint lane = lane_index(), line = (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 ^ lane) & 1) * 16 + (lane & 6) * 16;
     EACH(s, STEPS) {
       const char* from = x + (line ^ (first + s) << 5);
       EACH(p, TILES / 2) {
         uint b[4];
         load_matrices(b, from + 2048 * p);
-        EACH(m, 2) EACH(i, 2) mma(sum[m][2 * p + i], a[m][s], b + 2 * i);
+        EACH(m, 2) EACH(i, 2) mma(sum(m, 2 * p + i), a[m][s], b + 2 * i);
       }
     }
   }
@@ -98,54 +102,91 @@ struct Prompt {
     }
   }
 
-  // y += unit * sums under a scale, and what a bias adds. facts: of the block's tokens; total: which of their sums.
+  // y += unit * sums of half m under a scale, and what a bias adds. facts: of the block's tokens; total: which of their
+  // sums.
   template <bool WHOLE, class F>
-  __device__ void join(const float* facts, int total, const float* scale, const float* shift, F sum) {
+  __device__ void join(int m, const float* facts, int total, const float* scale, const float* shift, F sum) {
     EACH(j, TILES) {
       const int token = 8 * j + lane_index() % 4 * 2;
       const float2 unit = *reinterpret_cast<const float2*>(facts + token);
       float2 all = make_float2(0.0f, 0.0f);
       if (!WHOLE && kind.biased()) all = *reinterpret_cast<const float2*>(facts + (1 + total) * TOKENS + token);
-      EACH(m, 2) {
-        EACH(i, 4) {
-          float& to = y[m][j][i];
-          const float d = sum(m, j, i), u = i % 2 ? unit.y : unit.x;
-          to = WHOLE ? fmaf(d, u, to) : fmaf(d * u, scale[2 * m + i / 2], to);
-          if (!WHOLE && kind.biased()) to = fmaf(i % 2 ? all.y : all.x, shift[2 * m + i / 2], to);
-        }
+      EACH(i, 4) {
+        float& to = y[m][j][i];
+        const float d = sum(j, i), u = i % 2 ? unit.y : unit.x;
+        to = WHOLE ? fmaf(d, u, to) : fmaf(d * u, scale[2 * m + i / 2], to);
+        if (!WHOLE && kind.biased()) to = fmaf(i % 2 ? all.y : all.x, shift[2 * m + i / 2], to);
       }
     }
   }
 
+  // Sums of bytes: high counts 256 times low, where there are both.
+  struct Sums {
+    int high[TILES][4], low[TILES][4];
+    __device__ void clear() { EACH(j, TILES) EACH(i, 4) high[j][i] = low[j][i] = 0; }
+    __device__ void shift() { EACH(j, TILES) EACH(i, 4) high[j][i] *= 256; }
+    __device__ float operator()(int j, int i) const {
+      return PLANES == 2 ? float(high[j][i]) : fmaf(float(high[j][i]), 256.0f, float(low[j][i]));
+    }
+  };
+
+  // Bytes c of codes times bytes q of x: products of 256^-(c + q). The sums of the largest are shifted before the next.
+  template <int STEPS>
+  __device__ void multiply_both(const char* x, const uint* codes, int first, int c, int q, uint (&a)[2][STEPS][4],
+                                Sums (&sums)[2]) const {
+    if (q == 0) EACH(m, 2) decode<STEPS>(kind, codes + 4 * m * line(), line() / 4, head->table[c], c, a[m]);
+    if (c + q == 1 && q == 1) EACH(m, 2) sums[m].shift();
+    auto sum = [&](int m, int j) { return c + q < 2 ? sums[m].high[j] : sums[m].low[j]; };
+    multiply<STEPS>(x + q * TOKENS * 128, first, a, sum, multiply_bytes);
+  }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  // The same by warpgroups. The halves take turns: one is decoded, shifted or joined while the other multiplies.
+  template <int STEPS>
+  __device__ void start_half(int m, const char* x, const uint* codes, int first, int c, int q, uint (&a)[STEPS][4],
+                             Sums& sums) const {
+    if (c + q) group_wait<1>();
+    if (c + q == 1 && q == 1) sums.shift();
+    if (q == 0) decode<STEPS>(kind, codes + 4 * m * line(), line() / 4, head->table[c], c, a);
+    const unsigned long long b = group_matrix(x + q * TOKENS * 128) + 2 * first;
+    group_fence();
+    EACH(s, STEPS) multiply_group(c + q < 2 ? sums.high : sums.low, a[s], b + 2 * s);
+    group_commit();
+  }
+#endif
+
   template <int STEPS>
   __device__ void integers(int block) {
     const char* x = stage(block);
+    const float* facts = reinterpret_cast<const float*>(x + X);
     const uint* codes = reinterpret_cast<const uint*>(x + X + FACTS + (32 * warp_index() + lane_index() / 4) * line());
     const bool whole = groups == 1 && !kind.biased();
     for (int first = 0; first < 4; first += STEPS) {
       const int column = 128 * block + 32 * first;
       if (column >= columns) break;
-      int high[2][TILES][4], low[2][TILES][4];
       float scale[4], shift[4];
       if (!whole) factors(column, scale, shift);
-      EACH(m, 2) EACH(j, TILES) EACH(i, 4) high[m][j][i] = low[m][j][i] = 0;
+      Sums sums[2];
+      EACH(m, 2) sums[m].clear();
+      uint a[2][STEPS][4];
       EACH(c, PLANES) {
         if (c && !kind.book()) break;
-        uint a[2][STEPS][4];
-        decode<STEPS>(kind.way(), kind.bits(), codes + first * kind.bits(), line() / 4, head->table[c], a);
         EACH(q, PLANES - c) {
-          const char* plane = x + q * TOKENS * 128;
-          if (c + q < 2) multiply<STEPS>(plane, first, a, high, multiply_bytes);
-          else multiply<STEPS>(plane, first, a, low, multiply_bytes);
-          if (c + q == 0) EACH(m, 2) EACH(j, TILES) EACH(i, 4) high[m][j][i] *= 256;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+          EACH(m, 2) start_half<STEPS>(m, x, codes + first * kind.bits(), first, c, q, a[m], sums[m]);
+#else
+          multiply_both<STEPS>(x, codes + first * kind.bits(), first, c, q, a, sums);
+#endif
         }
       }
-      const float* facts = reinterpret_cast<const float*>(x + X);
-      auto sum = [&](int m, int j, int i) {
-        return PLANES == 2 ? float(high[m][j][i]) : fmaf(float(high[m][j][i]), 256.0f, float(low[m][j][i]));
-      };
-      if (whole) join<true>(facts, 0, scale, shift, sum);
-      else join<false>(facts, first / STEPS, scale, shift, sum);
+      EACH(m, 2) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+        if (m == 0) group_wait<1>();
+        else group_wait<0>();
+#endif
+        if (whole) join<true>(m, facts, 0, scale, shift, sums[m]);
+        else join<false>(m, facts, first / STEPS, scale, shift, sums[m]);
+      }
     }
   }
 
@@ -180,16 +221,19 @@ struct Prompt {
     const uint* codes = reinterpret_cast<const uint*>(x + X + FACTS + (32 * warp_index() + lane_index() / 4) * line());
     float sums[2][TILES][4];
     EACH(m, 2) EACH(j, TILES) EACH(i, 4) sums[m][j][i] = 0.0f;
+    auto all = [&](int m, int j) { return sums[m][j]; };
     HM_NO_UNROLL for (int s = 0; s < 4; s++, codes += kind.bits() / 2) {
       EACH(c, PLANES) {
         if (c && kind.bits() == 16) break;
         uint a[2][1][4];
         numbers(codes, c, a);
-        EACH(q, PLANES - c) if (q < terms) multiply<1>(x + q * TOKENS * 128, s, a, sums, mma);
+        EACH(q, PLANES - c) if (q < terms) multiply<1>(x + q * TOKENS * 128, s, a, all, mma);
       }
     }
-    auto sum = [&](int m, int j, int i) { return sums[m][j][i]; };
-    join<true>(reinterpret_cast<const float*>(x + X), 0, nullptr, nullptr, sum);
+    EACH(m, 2) {
+      auto sum = [&](int j, int i) { return sums[m][j][i]; };
+      join<true>(m, reinterpret_cast<const float*>(x + X), 0, nullptr, nullptr, sum);
+    }
   }
 
   __device__ void run(int terms) {
@@ -198,6 +242,9 @@ struct Prompt {
     load(0);
     for (int block = 0; block < blocks; block++) {
       copies_wait();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+      group_copies_fence();
+#endif
       __syncthreads();
       if (block + 1 < blocks) load(block + 1);
       if (!kind.plain()) {
@@ -235,7 +282,7 @@ struct Prompt {
 //   records: of qmatmul_tokens   parts: u32 [experts, parts_each, 8]   rows: of an expert
 //   tiles: of qmatmul_schedule, or null without experts
 //   variants, rotated: 4 bits for each form, where the records for parts that read x as it is, or rotated, are
-// Blocks: (rows / threads, tiles). Shared: 1 KB and two stages.
+// Blocks: (rows / threads, tiles), of one or two warpgroups. Shared: 2 KB and two stages.
 template <int PLANES, int TOKENS>
 struct qmatmul {
   static constexpr int THREADS = 256;
@@ -275,10 +322,11 @@ struct qmatmul {
     const int variant = (kind.rotated() ? rotated : variants) >> 4 * kind.form() & 15;
     const int groups = part.kind >> 25 ? (columns + int(part.group) - 1) / int(part.group) : 1;
     const int pieces = kind.plain() ? kind.bits() / 2 : kind.bits();
-    const int stage = Tile::X + Tile::FACTS + height * (pieces | 1) * 16;
+    const int stage = (Tile::X + Tile::FACTS + height * (pieces | 1) * 16 + 1023) / 1024 * 1024;
+    const uint behind = -static_cast<uint>(__cvta_generic_to_shared(head + 1)) % 1024;  // warpgroups want multiples
     const size_t before = size_t(variant) * (pairs / slots) * per_token * Tile::RECORD;
-    Tile tile{static_cast<const char*>(records) + before, words, part, kind, head, columns, per_token, block * height,
-              groups, pieces, stage, {}};
+    Tile tile{static_cast<const char*>(records) + before, words, part, kind, head, reinterpret_cast<char*>(head + 1) + behind,
+              columns, per_token, block * height, groups, pieces, stage, {}};
     tile.run(terms);
     tile.store(residual, y, rows, above, y_dtype);
   }

@@ -103,28 +103,31 @@ __device__ inline uint2 look4(const uint* w, uint t, uint4 table) {
   return make_uint2(look_up(table, low & 0xffffu, pick & 0xffffu), look_up(table, low >> 16, pick >> 16));
 }
 
-// STEPS steps of 32 rows: of two m16 tiles, in the registers mma takes. words: of the warp's row lane / 4 at the first
-// step; stride: words from row to row; bits: words of a step.
+// STEPS steps of 16 rows, in the registers mma takes. words: of row lane / 4 at the first step; stride: words from row to
+// row; bits: words of a step.
 template <int STEPS, class F>
-__device__ inline void each_row(const uint* words, int stride, int bits, F two, uint (&a)[2][STEPS][4]) {
+__device__ inline void each_row(const uint* words, int stride, int bits, F two, uint (&a)[STEPS][4]) {
   EACH(s, STEPS) {
-    EACH(r, 4) {
+    EACH(r, 2) {
       const uint2 v = two(words + 8 * r * stride + s * bits, lane_index() % 4);
-      a[r / 2][s][r % 2] = v.x, a[r / 2][s][r % 2 + 2] = v.y;
+      a[s][r] = v.x, a[s][r + 2] = v.y;
     }
   }
 }
 
+// Byte c of them: only a book's have more than one.
 template <int STEPS>
-__device__ inline void decode(int way, int bits, const uint* words, int stride, uint4 table, uint (&a)[2][STEPS][4]) {
+__device__ inline void decode(TileKind kind, const uint* words, int stride, uint4 table, int c, uint (&a)[STEPS][4]) {
   auto each = [&](int step, auto two) { each_row<STEPS>(words, stride, step, two, a); };
-  if (way == NIBBLES) each(4, nibbles);
-  else if (way == LOOK2) each(2, [=](const uint* w, uint t) { return look2(w, t, table); });
+  const int way = kind.way();
+  if (way == LOOK2) each(2, [=](const uint* w, uint t) { return look2(w, t, table); });
   else if (way == LOOK3) each(3, [=](const uint* w, uint t) { return look3(w, t, table); });
   else if (way == LOOK4) each(4, [=](const uint* w, uint t) { return look4(w, t, table); });
+  else if (c) return;
+  else if (way == NIBBLES) each(4, nibbles);
   else if (way == BYTES) each(8, bytes_of);
-  else if (bits == 3) each(3, spread_eight<3>);
-  else if (bits == 5) each(5, spread_eight<5>);
+  else if (kind.bits() == 3) each(3, spread_eight<3>);
+  else if (kind.bits() == 5) each(5, spread_eight<5>);
   else each(6, spread_eight<6>);
 }
 

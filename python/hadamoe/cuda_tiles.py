@@ -21,7 +21,7 @@ FEW = 64
 #: Bytes of shared memory of a block: GPUs for desktops have 99 KB, and one block with two stages of
 #: 256 rows needs 60 to 98.
 SHARED = 98304
-_HEAD = 1024
+_HEAD = 2048
 #: Blocks that keep the largest GPU busy; with fewer, blocks of fewer rows are better.
 _BUSY = 132
 _NATURAL, _PAIRS, _GGUF, _HALVES, _BFLOATS = range(5)
@@ -55,7 +55,9 @@ class _Shape(NamedTuple):
 
 
 def _shape(tokens: int, w: GpuWeight, slots: int, rotated: bool) -> _Shape:
-    few = tokens * max(slots, 1) <= FEW * w.experts
+    # 128 rows of 32 bits leave no room for 64 tokens
+    full = any(kind >> 16 & 255 == _PLAIN and kind >> 8 & 255 == 32 for kind in w.kinds)
+    few = full or tokens * max(slots, 1) <= FEW * w.experts
     variants = sorted({(form_of(kind), rotated and bool(kind & ROTATED)) for kind in w.kinds})
     if len(variants) > 7:
         raise UnsupportedError(f"qmatmul: {len(variants)} kinds of records, on CUDA 7 at most")
@@ -67,7 +69,8 @@ def _stage(shape: _Shape, kind: int, height: int) -> int:
     """Bytes of 128 columns of a tile's tokens and rows."""
     bits = kind >> 8 & 255
     pieces = bits // 2 if kind >> 16 & 255 == _PLAIN else bits
-    return shape.tile * (128 * shape.planes + 20) + height * (pieces | 1) * 16
+    size = shape.tile * (128 * shape.planes + 20) + height * (pieces | 1) * 16
+    return -(-size // 1024) * 1024
 
 
 def _blocks(w: GpuWeight, height: int) -> int:
@@ -134,9 +137,9 @@ def product_launch(
     """y of ``records``, and of ``order`` and ``tiles`` where there are experts."""
     shape, pairs = _shape(tokens, w, slots, rotated), tokens * max(slots, 1)
     tiles = most_tiles(pairs, w.experts, shape.tile) if slots else -(-pairs // shape.tile)
-    for height in (256, 128, 64, 32):
+    for height in (256, 128):  # one or two warpgroups
         shared = _HEAD + 2 * max(_stage(shape, kind, height) for kind in w.kinds)
-        if shared <= SHARED and (height == 32 or _blocks(w, height) * tiles >= _BUSY):
+        if shared <= SHARED and _blocks(w, height) * tiles >= _BUSY:
             break
     plain = [kind for kind in w.kinds if kind >> 16 & 255 == _PLAIN]
     same = {"float16": _HALVES, "bfloat16": _BFLOATS}.get(x_dtype)

@@ -115,12 +115,14 @@ def bound(x: np.ndarray, w: Weight, planes: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("warpgroups", [False, True])
 @pytest.mark.parametrize("inst", ops.instances(), ids=str)
-def test_exact(inst, few, rng):
-    for columns in cases.columns_of(inst):
+def test_exact(inst, warpgroups, few, rng):
+    for columns in cases.columns_of(inst)[warpgroups or few > 0 :]:
         for group in samples.groups_of(inst, columns):
             operand = operands(rng, inst, 9, "integer", columns=columns, group=group)
-            check_exact(*operand, few=few, check=columns < 300)
+            options = {"warpgroups": warpgroups, "check": warpgroups == (few > 0)}
+            check_exact(*operand, few=few, **options)
 
 
 @pytest.mark.parametrize("few", [0, 64])
@@ -128,7 +130,7 @@ def test_exact(inst, few, rng):
 def test_bound(inst, few, rng):
     x, w = operands(rng, inst, 33)
     want = x.astype("f8") @ values(w)[0].T
-    off = np.abs(product(x, w, few=few) - want)
+    off = np.abs(product(x, w, few=few, warpgroups=few > 0) - want)
     limit = bound(x.astype("f8"), w, 3 if few else 2)
     assert (off <= limit).all(), f"{(off / limit).max():.3g} of the bound"
     assert (off > 1e-4 * limit).any(), "the bound is no bound"
@@ -149,7 +151,7 @@ def test_the_bound_finds_a_lost_byte(inst, rng):
 def test_edges_of_tiles(tokens, rows, rng):
     inst = TABLES[tokens % 5]
     x, w = operands(rng, inst, tokens, "integer", rows, columns=cases.columns_of(inst)[0])
-    check_exact(x, w, check=len(rows) == 1)
+    check_exact(x, w, check=len(rows) == 1, warpgroups=tokens % 2 == 1)
 
 
 @pytest.mark.parametrize("few", [0, 64])
@@ -159,7 +161,7 @@ def test_experts_in_every_mix(inst, few, rng):
     x, w = operands(rng, inst, 75, "integer", experts=5)
     expert = rng.choice([0, 1, 3], (75, 2), p=[0.1, 0.2, 0.7]).astype(np.int32)
     expert[40, 1] = 4
-    check_exact(x, w, expert, few=few, check=True)
+    check_exact(x, w, expert, few=few, check=True, warpgroups=few > 0)
 
 
 def test_experts_of_different_kinds(rng):
@@ -167,7 +169,8 @@ def test_experts_of_different_kinds(rng):
     w = samples.random_weight(rng, kinds, [20, 40], 128, experts=3)
     x = rng.integers(-4, 5, (16, 128)).astype("f4")
     expert = rng.integers(0, 3, (16, 2)).astype(np.int32)
-    check_exact(x, w, expert, check=True)
+    for warpgroups in (False, True):
+        check_exact(x, w, expert, check=True, warpgroups=warpgroups)
 
 
 @pytest.mark.parametrize("inst", TABLES, ids=str)
@@ -176,6 +179,7 @@ def test_no_order_changes_a_bit(inst, rng):
     x, w = operands(rng, inst, 70, rows=(40,))
     for few in (0, 128):
         want = product(x, w, few=few)
+        np.testing.assert_array_equal(product(x, w, few=few, warpgroups=True), want)
         np.testing.assert_array_equal(product(x[61:], w, few=few), want[61:])
         expert = np.zeros((70, 1), np.int32)
         np.testing.assert_array_equal(product(x, w, expert, few=few)[:, 0], want)

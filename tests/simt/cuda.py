@@ -31,7 +31,7 @@ def installed(**options) -> Iterator[list[session.Launch]]:
     memory lines too. findings: "raise" CheckError after the launch, or "keep" them in the log.
     threadgroup_limit: bytes of shared memory of a launch that asks for some. ftz: flush denormals,
     which nvcc does not by default. contract: a * b + c may round once. schedule of threads:
-    ascending, descending or random (seed).
+    ascending, descending or random (seed). warpgroups: kernels as sm_90a compiles them, with wgmma.
     """
     with session.opened(**{"ftz": False, "threadgroup_limit": SHARED_LIMIT, **options}) as log:
         if not find_spec("mlx"):

@@ -43,7 +43,7 @@ def compiled() -> tuple[str, ...]:
 @cache
 def _kernel(
     file: str, name: str, arrays: tuple[tuple[str | None, bool], ...], sizes: tuple[type, ...],
-    threads: int, check: bool, contract: bool,
+    threads: int, check: bool, contract: bool, warpgroups: bool,
 ) -> Kernel:  # fmt: skip
     """arrays: element type or None for an absent one, whether it is written."""
     parameters, arguments = [], []
@@ -56,7 +56,8 @@ def _kernel(
     for i, kind in enumerate(sizes):
         parameters.append(f"{kind.__name__} s{i}")
         arguments.append(f"s{i}")
-    text = (
+    text = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" if warpgroups else ""
+    text += (
         f'#include "{file}.cuh"\n'
         f"static_assert({threads} <= hm::{name}::THREADS);\n"
         f"__global__ void entry({', '.join(parameters)}) {{\n"
@@ -102,7 +103,7 @@ def run(launch: Any, arrays: Mapping[str, torch.Tensor | Sequence[int]]) -> list
     sizes = tuple(launch.sizes.values())
     kernel = _kernel(
         launch.file, launch.name, tuple(kinds), tuple(map(type, sizes)), launch.threads,
-        options.check, options.contract,
+        options.check, options.contract, options.warpgroups,
     )  # fmt: skip
     names = [*launch.present, *(out.name for out in launch.outputs), *launch.sizes]
     threads = (launch.threads, 1, 1)

@@ -31,6 +31,7 @@ class Options:
     threadgroup_limit: int = MAX_THREADGROUP_BYTES
     max_threads: int = MAX_THREADS
     findings: str = "raise"
+    warpgroups: bool = False
 
     def __post_init__(self):
         for name, known in (

@@ -224,3 +224,74 @@ def test_a_matrix_product_of_half_a_warp_is_found():
     """
     result = compile_kernel(source, "k")([np.zeros(32, "f4")], (1, 1, 1), (32, 1, 1))
     assert {f.kind for f in result.findings} == {"mask-mismatch"}
+
+
+# D = A * B^T + 1 by four warps, 64 x 32 times N x 32, N = 16. Fragments of A and D as the PTX ISA's
+# figures "WGMMA .m64nNk32 register fragment layout" number them: by element i of a thread. B as
+# CUTLASS lays it for its 128-byte swizzle: layout type 1, 1024 bytes from 8 rows to the next.
+WARPGROUP = """
+#include <cuda_runtime.h>
+__global__ void k(const int8_t* a, const int8_t* b, int* c) {
+  extern __shared__ int4 dynamic[];
+  uint32_t base = ((uint32_t)__cvta_generic_to_shared(dynamic) + 1023) / 1024 * 1024;
+  char* tile = (char*)dynamic + (base - (uint32_t)__cvta_generic_to_shared(dynamic));
+  const int t = threadIdx.x, lane = t % 32, step = 1;
+  for (int i = t; i < 16 * 128; i += 128) {
+    const int row = i / 128, k = i % 128 - 32 * step;
+    char* to = tile + row * 128 + ((i % 128 / 16 ^ row % 8) << 4) + i % 16;
+    *to = k >= 0 && k < 32 ? b[row * 32 + k] : 99;
+  }
+  asm volatile("fence.proxy.async;" ::: "memory");
+  __syncthreads();
+  uint32_t x[4];
+  for (int i = 0; i < 16; i++) {
+    const int row = t / 32 * 16 + lane / 4 + i / 4 % 2 * 8;
+    const int k = lane % 4 * 4 + i % 4 + i / 8 * 16;
+    ((int8_t*)x)[i] = a[row * 32 + k];
+  }
+  int d[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  uint64_t matrix = (uint64_t)((base & 0x3ffff) >> 4) + 2 * step;
+  matrix |= (uint64_t)64 << 32 | (uint64_t)1 << 62;
+  FENCE
+  asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\\n"
+               "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+               "{%8, %9, %10, %11}, %12, p;}"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]),
+                 "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7])
+               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(matrix));
+  asm volatile("wgmma.commit_group.sync.aligned;");
+  BEFORE
+  asm volatile("wgmma.wait_group.sync.aligned LEFT;" ::: "memory");
+  for (int i = 0; i < 8; i++)
+    c[(t / 32 * 16 + lane / 4 + i / 2 % 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+"""
+
+
+def warpgroup_product(fence='asm volatile("wgmma.fence.sync.aligned;");', before="", left="0"):
+    """Findings, and whether the product is right."""
+    rng = np.random.default_rng(5)
+    a, b = (rng.integers(-128, 128, (n, 32)).astype(np.int8) for n in (64, 16))
+    c = np.zeros((64, 16), np.int32)
+    source = WARPGROUP.replace("FENCE", fence).replace("BEFORE", before).replace("LEFT", left)
+    kernel = compile_kernel(source, "k", check=True)
+    result = kernel([a, b, c], (1, 1, 1), (128, 1, 1), shared=4096, outputs=[2])
+    right = np.array_equal(c, a.astype(int) @ b.T.astype(int) + 1)
+    return {f.kind for f in result.findings}, right
+
+
+def test_wgmma_of_bytes():
+    assert warpgroup_product() == (set(), True)
+
+
+def test_wgmma_without_a_fence_is_found():
+    assert warpgroup_product(fence="")[0] == {"wgmma-fence"}
+
+
+def test_sums_of_wgmma_come_with_the_wait():
+    assert warpgroup_product(left="1") == (set(), False)
+
+
+def test_writing_what_wgmma_still_reads_is_found():
+    write = "__syncthreads(); tile[48 + t % 16] = 7; __syncthreads();"
+    assert "wgmma-overwritten" in warpgroup_product(before=write)[0]

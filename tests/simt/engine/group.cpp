@@ -310,13 +310,15 @@ extern "C" void* simt_dyn_shared(uint32_t index) {
 }
 
 // Bytes that stay with the running lane (registers of another machine's fragments).
-API void* simt_lane_slot(size_t bytes) {
+static void* lane_slot(size_t kind, size_t bytes) {
   Worker& w = *worker;
-  if (w.slots.empty()) w.slots.resize(w.lanes.size());
-  std::vector<char>& slot = w.slots[tls.cur->lin];
+  if (w.slots.empty()) w.slots.resize(2 * w.lanes.size());
+  std::vector<char>& slot = w.slots[2 * tls.cur->lin + kind];
   if (slot.empty()) slot.assign(bytes, 0);
   return slot.data();
 }
+API void* simt_lane_slot(size_t bytes) { return lane_slot(0, bytes); }
+API void* simt_warpgroup_slot(size_t bytes) { return lane_slot(1, bytes); }
 API char* simt_arena_base() { return worker->arena; }
 API uint64_t simt_cur() { return (uint64_t)tls.cur; }
 API uint64_t simt_group() { return (uint64_t)&tls.g; }

@@ -3,7 +3,6 @@
 #include <memory>
 #include <mutex>
 
-#include "../include/cuda/simt_cuda/ptx.h"
 #include "ptx_machine.h"
 
 namespace ptx {
@@ -12,6 +11,7 @@ const Entries& entries() {
   static const Entries all = [] {
     Entries both = arithmetic_instructions();
     both.merge(memory_instructions());
+    both.merge(warpgroup_instructions());
     return both;
   }();
   return all;
@@ -53,7 +53,8 @@ extern "C" __attribute__((visibility("default"))) void simt_ptx(
     registers[special.first] = special_register(special.second, &known);
     if (!known) unknown("%" + special.second);
   }
-  const Machine machine{registers.data(), file, line, __builtin_return_address(0)};
+  const Machine machine{registers.data(), file, line, __builtin_return_address(0),
+                        operands};
   for (const Instruction& i : p.instructions) {
     if (i.predicate >= 0 && bool(registers[i.predicate]) == i.negated) continue;
     const auto entry = entries().find(i.name());

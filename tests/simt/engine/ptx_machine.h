@@ -6,6 +6,7 @@
 #include "../include/cuda/simt_cuda/math.h"
 #include "../include/cuda/simt_cuda/matrix.h"
 #include "../include/cuda/simt_cuda/memory.h"
+#include "../include/cuda/simt_cuda/ptx.h"
 #include "ptx_parse.h"
 
 extern "C" char* simt_arena_base();
@@ -29,6 +30,7 @@ struct Machine {
   const char* file;
   uint32_t line;
   void* pc;  // of the asm statement
+  const PtxOperand* operands;
 
   // A list or an address where a register belongs reads as 0; its instruction refuses it.
   uint64_t get(const Operand& o) const {
@@ -57,4 +59,5 @@ struct Entry {
 using Entries = std::map<std::string, Entry>;
 Entries arithmetic_instructions();
 Entries memory_instructions();  // and matrices
+Entries warpgroup_instructions();
 }  // namespace ptx
