@@ -32,6 +32,7 @@ class Launch(NamedTuple):
         groups: thread blocks in x, y, z.
         threads: of a block.
         shared: bytes of shared memory.
+        kinds: of the parts that weights have: a text compiled for one launch is for these alone.
     """
 
     kernel: str
@@ -43,6 +44,7 @@ class Launch(NamedTuple):
     groups: tuple[int, int, int]
     threads: int
     shared: int = 0
+    kinds: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

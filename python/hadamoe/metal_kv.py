@@ -36,8 +36,10 @@ def _root(d: int) -> int:
     return float_bits(float(np.float32(1 / np.sqrt(d))))
 
 
-def encode(pages: int, codec: str, side: str, d: int, scale: float = 1.0) -> Launch:
-    """`kv_ops.kv_encode`: rows ``[pages, 64, d]`` of any float dtype to u8 ``[pages, bytes]``.
+def encode(
+    pages: int, codec: str, side: str, d: int, scale: float = 1.0, dtype: str = "float32"
+) -> Launch:
+    """`kv_ops.kv_encode`: rows ``[pages, 64, d]``, whatever their dtype, to u8 ``[pages, bytes]``.
 
     Arrays: rows; signs f32 ``[d]`` of codecs that rotate; book f32 ``[16]``: a turbo codec's.
     """
@@ -278,3 +280,12 @@ def join(heads: Heads, coded: bool, gate: int, dtype: str) -> Launch:
     shared = (("float", max(d, 2 * PAGE)), ("float", THREADS // 32))
     outputs = (Output("y", (b, h * d), dtype),)
     return Launch("kv_join", "kv_join", constants, inputs, outputs, (h, b, 1), THREADS, shared)
+
+
+def attend(
+    heads: Heads, m: int, skip: int, dtype: str, raw_dtype: str, *, table: bool, gate: int
+) -> list[Launch]:
+    """Attention of one token over m pages: `runs`, where there are any, and `join`."""
+    count = -(-(m + skip) // 8) if m else 0
+    coded = [runs(heads, count, skip, table)] if count else []
+    return [*coded, join(heads, bool(count), gate, dtype)]

@@ -4,11 +4,11 @@
     y = mlx.qmatmul(x, ops.pack(weight))
     y, conv_state, state = mlx.gated_delta(proj, *vectors, conv_state, state, heads=..., ...)
 
-`route` says how they run. "metal": lazy Metal kernels, where MLX computes on a GPU and an op has
+`route` says how they run. "metal", "cuda": lazy kernels, where MLX computes on a GPU and an op has
 them. "lazy", on the CPU where `_mlx` was built for the installed MLX (``HM_MLX=1 pip install .``):
 native ops inside ``mx.compile`` and ``mx.vmap``, on any stream; a state nobody else holds is
 updated where it is. "eager": native ops at once (`hadamoe.mlx_host`). No op has a derivative: the
-CPU's refuse it by name, MLX refuses that of a Metal kernel.
+CPU's refuse it by name, MLX refuses that of a kernel.
 
 Arguments are MLX arrays; what stays the same from call to call (norms, weights of convolutions)
 may be numpy's, which costs less and is never copied. Errors as in `hadamoe.ops`: wrong shapes,

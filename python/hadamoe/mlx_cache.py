@@ -6,7 +6,7 @@
 
 mlx-lm's attention takes keys and values as arrays, so this cache hands them over decoded: what that
 saves is the memory between calls, not time. A call decodes all pages of a layer, whose rows are
-there while the layer runs. On a Metal device our own models' attention (`hadamoe.mlx_blocks`) reads
+there while the layer runs. On a GPU our own models' attention (`hadamoe.mlx_blocks`) reads
 the codes themselves when a token comes alone: `HadamoeKVCache.attend`.
 """
 

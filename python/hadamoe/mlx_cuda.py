@@ -2,7 +2,8 @@
 
 MLX hashes a kernel's text each time it is launched and compiles it, with NVRTC, once per text. So
 the text names a file of ``cuda`` and no sizes: those are an array, and a prompt of another length
-compiles nothing.
+compiles nothing. It is for the kinds of parts that the weight at hand has: that is compiled in
+seconds, for all kinds it would be a minute.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def header(launch: Launch, name: str) -> str:
     A macro of that name, until `Launch.body` begins, puts the bounds of launches in front of it.
     """
     function = f"custom_kernel_{name}"
-    return (
-        f'#include "{FOLDER / launch.file}.cuh"\n#include "{FOLDER}/bounds.cuh"\n'
-        f"#define {function} HM_BOUNDS(hm::{launch.name}) {function}\n"
-    )
+    kinds = ", ".join(f"{kind}u" for kind in launch.kinds)
+    lines = [f"#define HM_KINDS {kinds}"] if kinds else []
+    lines += [f'#include "{FOLDER}/{file}.cuh"' for file in (launch.file, "bounds")]
+    lines.append(f"#define {function} HM_BOUNDS(hm::{launch.name}) {function}\n")
+    return "\n".join(lines)
 
 
 @cache
@@ -47,6 +49,7 @@ def _kernel(
     outputs: tuple[str, ...],
     sizes: tuple[tuple[str, float | None], ...],
     shared: int,
+    kinds: tuple[int, ...],
 ) -> Any:
     """The kernel of every launch that has these in common: its text is made once.
 
@@ -55,7 +58,8 @@ def _kernel(
     """
     there = tuple([Output(name, (), "") for name in outputs])
     values = {name: 0 if value is None else value for name, value in sizes}
-    launch = Launch(kernel, file, constants, dict(inputs), there, values, (1, 1, 1), 1, shared)
+    grid = (1, 1, 1), 1
+    launch = Launch(kernel, file, constants, dict(inputs), there, values, *grid, shared, kinds)
     name = "_".join(["hadamoe", kernel, *map(str, constants)])
     if shared > _GRANTED:
         name += f"_{shared}"
@@ -84,6 +88,7 @@ def run(launch: Launch, arrays: Mapping[str, mx.array | Sequence[int]]) -> list[
         tuple([out.name for out in launch.outputs]),
         tuple([(n, v if isinstance(v, float) else None) for n, v in sizes]),
         launch.shared,
+        tuple(sorted(launch.kinds)),
     )
     inputs = [arrays[name] for name in launch.present]
     x, y, z = launch.groups

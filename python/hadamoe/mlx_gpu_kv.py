@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,10 @@ from .mlx_gpu import front, run
 from .reference_kv_peers import TURBO_CODEBOOKS
 
 __all__ = ["Prepared", "attend", "kv_decode", "kv_encode", "kv_scores", "prepare"]
+
+
+def _plans() -> Any:
+    return front().plans.kv
 
 
 @cache
@@ -39,7 +43,7 @@ def kv_encode(rows: mx.array, codec: str, *, side: str, scale: float = 1.0) -> m
     """`mlx_kv.kv_encode` in one launch: ``[..., 64, d]`` to u8 ``[..., bytes]``."""
     *lead, _, d = rows.shape
     flat = rows.reshape(-1, PAGE, d)
-    launch = front().plans.kv.encode(flat.shape[0], codec, side, d, scale)
+    launch = _plans().encode(flat.shape[0], codec, side, d, scale, dtype_name(rows.dtype))
     arrays = {"rows": flat, "signs": _signs(side, d), "book": _book(codec, d)}
     (pages,) = run(launch, arrays)
     return pages.reshape(*lead, page_bytes(codec, d))
@@ -58,7 +62,7 @@ def kv_decode(
     lead, d = pages.shape[:-1], head_dim
     flat = pages.reshape(-1, pages.shape[-1])
     name = dtype_name(dtype)
-    launch = front().plans.kv.decode(flat.shape[0], codec, side, d, name, scale)
+    launch = _plans().decode(flat.shape[0], codec, side, d, name, scale)
     arrays = {"pages": flat, "signs": _signs(side, d), "book": _book(codec, d)}
     (rows,) = run(launch, arrays)
     return rows.reshape(*lead, PAGE, d)
@@ -66,7 +70,7 @@ def kv_decode(
 
 def kv_scores(q: mx.array, pages: mx.array, codec: str) -> tuple[mx.array, mx.array, mx.array]:
     """`kv_ops.kv_scores`: q8 i8 ``[r, d]``, unit f32 ``[r]``, scores i32 ``[r, 64 p]``."""
-    launch = front().plans.kv.scores(q.shape[0], pages.shape[0], codec, q.shape[1])
+    launch = _plans().scores(q.shape[0], pages.shape[0], codec, q.shape[1])
     return tuple(run(launch, {"q": q, "pages": pages, "signs": _signs("key", q.shape[1])}))
 
 
@@ -113,16 +117,17 @@ def prepare(
         scales: of fp8 keys and values.
     """
     b, t, _ = proj.shape
-    sizes = front().plans.kv.Heads(b, *heads, head_dim, form, scales)
+    sizes = _plans().Heads(b, *heads, head_dim, form, scales)
     rot = 0 if freqs is None else 2 * freqs.shape[0]
     names = [dtype_name(d) for d in (q_dtype, kv_dtype)]
-    launch = front().plans.kv.prepare(
+    launch = _plans().prepare(
         sizes, t, rot, *names, eps=None if norms is None else eps, stretch=stretch
     )
     arrays = dict(zip(("q_norm", "k_norm"), norms or (), strict=False))
     arrays |= {"proj": proj, "freqs": freqs, "dims": [t]}
     arrays |= {"offsets": _per_sequence(offset, b), "signs": _signs("key", head_dim)}
-    return Prepared(*run(launch, arrays))
+    made = run(launch, arrays)
+    return Prepared(*made[: 2 if form is None else 4])
 
 
 def _per_sequence(number: int | mx.array, batch: int) -> list[int] | mx.array:
@@ -162,17 +167,21 @@ def attend(
         ``[b, 1, h d]`` of ``dtype``.
     """
     b, h, _, d = tokens.q.shape
-    heads = front().plans.kv.Heads(b, h, raw.shape[2], d, form, scales)
+    kv = _plans()
+    heads = kv.Heads(b, h, raw.shape[2], d, form, scales)
     m = pages[0].shape[2] if table is None else table.shape[1]
-    count = -(-(m + skip) // 8) if m else 0
-    arrays = {"lengths": _per_sequence(length, b), "dims": [m, count]}
-    if count:
-        x = dict(zip(("key_pages", "value_pages"), pages, strict=True))
-        x |= {"x": tokens.x, "factors": tokens.factors, "book": _books(form, d)}
-        x["table"] = table
-        parts = run(front().plans.kv.runs(heads, count, skip, table is not None), arrays | x)
-        arrays |= dict(zip(("parts", "sums"), parts, strict=True))
-    width = 0 if gate is None else gate.shape[-1]
-    launch = front().plans.kv.join(heads, bool(count), width, dtype_name(dtype))
-    arrays |= {"q": tokens.q, "raw": raw, "gate": gate, "signs": _signs("value", d)}
-    return run(launch, arrays)[0].reshape(b, 1, h * d)
+    runs = -(-(m + skip) // 8) if m else 0  # of 8 pages
+    arrays = {"q": tokens.q, "x": tokens.x, "factors": tokens.factors, "raw": raw, "gate": gate}
+    arrays |= {"key_pages": pages[0], "value_pages": pages[1], "table": table}
+    arrays |= {"fixed_keys": pages[0], "fixed_values": pages[1]}  # CUDA's; dims are Metal's
+    arrays |= {"key_signs": _signs("key", d), "value_signs": _signs("value", d)}
+    arrays |= {"signs": arrays["value_signs"], "book": _books(form, d)}
+    arrays |= {"lengths": _per_sequence(length, b), "dims": [m, runs]}
+    launches = kv.attend(
+        heads, m, skip, dtype_name(dtype), dtype_name(raw.dtype),
+        table=table is not None, gate=0 if gate is None else gate.shape[-1],
+    )  # fmt: skip
+    for launch in launches:
+        made = run(launch, arrays)
+        arrays |= {out.name: a for out, a in zip(launch.outputs, made, strict=True)}
+    return arrays["y"].reshape(b, 1, h * d)

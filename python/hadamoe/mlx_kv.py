@@ -1,7 +1,7 @@
 """Pages of the quantized KV cache in MLX: lazy, on any of MLX's devices.
 
 The bytes are those of `hadamoe.kv_ops.kv_encode`: the same steps in f32, one rounding each. On a
-Metal device they are one kernel (`hadamoe.mlx_gpu_kv`). On the CPU the native op decodes, lazily
+GPU they are one kernel (`hadamoe.mlx_gpu_kv`). On the CPU the native op decodes, lazily
 where `hadamoe.mlx` is lazy, and encodes the codecs of other software. All else is MLX's operations:
 encoding (the native op refuses NaN, a lazy operation keeps it), ``vectors``, and our own codecs
 where native ops are eager, so that they can be traced. A GPU may sum MLX's transform in another

@@ -24,7 +24,7 @@ class QLinear(nn.Module):
 
     Args:
         weights: one matrix, or several of equal in_features; on the CPU one call per distinct
-            rotation, on Metal one launch.
+            rotation, on a GPU one launch.
     """
 
     def __init__(self, *weights: Weight) -> None:

@@ -76,7 +76,8 @@ def dequantize(w: Any, rows: mx.array, *, dtype: Any) -> mx.array:
     numbers = Output(1, index.ndim, (w.columns,), _dtype(dtype))
 
     def gpu() -> list[mx.array]:
-        return [mlx_gpu_products.dequantize(w, index, dtype=numbers.dtype)]
+        narrow = (rows if isinstance(rows, mx.array) else index).astype(mx.int32)
+        return [mlx_gpu_products.dequantize(w, narrow, dtype=numbers.dtype)]
 
     inputs = [w.parts, index, *w.buffers]
     y = call("dequantize", inputs, [-1, index.ndim], [numbers], ints=[w.columns], gpu=gpu)[0]
