@@ -106,4 +106,18 @@ __device__ inline void multiply_group(int (&d)[4][4], const unsigned (&a)[4], un
 constexpr bool WARPGROUPS = false;
 #endif
 
+// Bytes of a (0 .. 3) and b (4 .. 7) by the selector's four low half-bytes; with 8 more a byte's sign bit in all its bits.
+__device__ inline unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
+  unsigned d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+// x, of which the compiler knows nothing: what is computed from it is not moved out of loops and branches, where it would
+// hold registers.
+__device__ inline unsigned opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace hm
