@@ -83,6 +83,11 @@ template <int LEFT>
 __device__ inline void group_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
+// After the wait: the compiler, which does not know that products take until then, reads no sum before this.
+template <int N>
+__device__ inline void group_sums(int (&d)[N][4]) {
+  _Pragma("unroll") for (int i = 0; i < 4 * N; i++) asm volatile("" : "+r"(d[i / 4][i % 4])::"memory");
+}
 // d += a b as multiply_bytes, for each warp's own 16 rows and 64 or 32 columns; d and a are to be left alone until the wait.
 __device__ inline void multiply_group(int (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
   asm volatile(

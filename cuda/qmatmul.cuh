@@ -142,10 +142,16 @@ struct Prompt {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   // The same by warpgroups. The halves take turns: one is decoded, shifted or joined while the other multiplies.
+  template <int LEFT>
+  static __device__ void wait_half(Sums& sums) {
+    group_wait<LEFT>();
+    group_sums(sums.high);
+    if (PLANES > 2) group_sums(sums.low);
+  }
   template <int STEPS>
   __device__ void start_half(int m, const char* x, const uint* codes, int first, int c, int q, uint (&a)[STEPS][4],
                              Sums& sums) const {
-    if (c + q) group_wait<1>();
+    if (c + q) wait_half<1>(sums);
     if (c + q == 1 && q == 1) sums.shift();
     if (q == 0) decode<STEPS>(kind, codes + 4 * m * line(), line() / 4, head->table[c], c, a);
     const unsigned long long b = group_matrix(x + q * TOKENS * 128) + 2 * first;
@@ -181,8 +187,8 @@ struct Prompt {
       }
       EACH(m, 2) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-        if (m == 0) group_wait<1>();
-        else group_wait<0>();
+        if (m == 0) wait_half<1>(sums[0]);
+        else wait_half<0>(sums[1]);
 #endif
         if (whole) join<true>(m, facts, 0, scale, shift, sums[m]);
         else join<false>(m, facts, first / STEPS, scale, shift, sums[m]);
