@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from token_bytes import weight_bytes
 
 #: Published memory bandwidth, GB/s.
 MACHINES = {"M4 Pro": 273, "M4 Max": 546, "M5 Max": 614, "M3 Ultra": 819}
@@ -158,20 +159,6 @@ def state_shapes(mixer: Any) -> list[tuple[tuple[int, ...], mx.Dtype]]:
     ours = not hasattr(mixer, "conv1d")
     window = ((1, 8192, 4), mx.float32) if ours else ((1, 3, 8192), mx.bfloat16)
     return [window, ((1, 32, 128, 128), mx.float32)]
-
-
-def weight_bytes(name: str) -> float:
-    """Bytes of weights that a token reads from the full model in a format."""
-    from hadamoe import synth
-    from hadamoe.synth.shape import Matrix, text_model
-
-    shape, total = synth.PRESETS["full"], 0.0
-    for p in text_model(shape):
-        stored = sum(t.nbytes for t in synth.FORMATS[name].table(p, shape))
-        if isinstance(p, Matrix) and p.routed:
-            stored *= shape.top_k / shape.experts
-        total += stored / shape.vocab if p.path == "embed_tokens" else stored
-    return total
 
 
 def measure(whose: str, directory: Path, context: int) -> Count:

@@ -50,8 +50,8 @@ def load(
             embeddings, experts and the gated delta net. ``"mlx"``: mlx-lm's model and tokenizer,
             as ``mlx_lm.load`` gives them, with hadamoe's modules in the same places.
         dtype: of activations (a dtype of the framework or its name); None takes the checkpoint's.
-        device: for torch ``"cpu"`` or ``"mps"``, a Mac's GPU; MLX runs on ``mx.default_device()``
-            whatever this says.
+        device: for torch ``"cpu"``, ``"cuda"``, an NVIDIA GPU, or ``"mps"``, a Mac's; MLX runs on
+            ``mx.default_device()`` whatever this says.
         options: ``rope="yarn:4"`` reaches four times the context the model was trained for
             (1,048,576 tokens; a dict merges any rope settings); ``kv="hk4v3"`` keeps keys and
             values in 4 and 3 bits (`hadamoe.kv` lists presets); ``vision=False`` leaves a vision
@@ -64,7 +64,7 @@ def load(
     Raises:
         FormatError: the directory is not what its format promises.
         UnsupportedError: it needs an instance, framework or device this build lacks.
-        DeviceError: resident weights need more memory than is available.
+        DeviceError: weights need more memory than is available, or the device is not there.
         ModuleNotFoundError: the packages of ``hadamoe[torch]`` or ``hadamoe[mlx]`` are not
             installed.
     """

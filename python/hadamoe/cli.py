@@ -12,7 +12,17 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_bench, ops, synth, terminal
-from .cli_options import KV, Directory, Resident, Rope, Threads, existing, presets, set_threads
+from .cli_options import (
+    KV,
+    Device,
+    Directory,
+    Resident,
+    Rope,
+    Threads,
+    existing,
+    presets,
+    set_threads,
+)
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError
 
 _ERRORS = (ContractError, FormatError, UnsupportedError, DeviceError, OSError)
@@ -127,6 +137,7 @@ def run(
     ] = None,
     rope: Rope = None,
     kv: KV = "bf16",
+    device: Device = "cpu",
     resident: Resident = False,
     threads: Threads = None,
 ) -> None:
@@ -138,7 +149,7 @@ def run(
     start = time.perf_counter()
     with terminal.bar(terminal.console(stderr=True)) as progress:
         model, tokenizer = torch_model.load(
-            directory, dtype=dtype, rope=rope, kv=presets(kv), resident=resident,
+            directory, dtype=dtype, device=device, rope=rope, kv=presets(kv), resident=resident,
             progress=progress,
         )  # fmt: skip
     opened = time.perf_counter() - start
@@ -162,6 +173,9 @@ def run(
         on_text=show,
     )
     show("\n")
+    where = torch_run.device_memory(model)
+    memory = f", {where / 1e6:,.0f} MB on {device}" if where else ""
+    kernels = f"{ops.isa()}, {ops.threads()} thread{'s' * (ops.threads() > 1)}"
     size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     rate = f"{result.decode_rate:.1f} tok/s" if result.new_tokens > 1 else "-"
     lines = [
@@ -170,9 +184,10 @@ def run(
         f"decode     {result.new_tokens} tokens, {rate}",
         f"cache      {result.kv}, {result.token_bytes:,} bytes per token, "
         f"{result.kv_bytes / 1e6:,.1f} MB held",
-        f"memory     {torch_run.resident_bytes() / 1e6:,.0f} MB resident (with file pages)",
+        f"memory     {torch_run.resident_bytes() / 1e6:,.0f} MB resident (with file pages)"
+        + memory,
         f"files      {size / 1e6:,.0f} MB",
-        f"kernels    {ops.isa()}, {ops.threads()} thread{'s' * (ops.threads() > 1)}",
+        f"kernels    {kernels if device == 'cpu' else device}",
     ]
     print("\n" + "\n".join(lines), file=sys.stderr)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import ops, terminal
-from .cli_options import Resident, Rope, Threads, existing, set_threads
+from .cli_options import Device, Resident, Rope, Threads, existing, set_threads
 from .errors import ContractError
 
 Context = Annotated[
@@ -41,6 +41,7 @@ def bench(
     context: Context = None,
     kv: Formats = "bf16,hk8v8,hk8v4,hk4v4,hk4v3,hk4v2",
     rope: Rope = None,
+    device: Device = "cpu",
     resident: Resident = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Take a decoded token's time apart.")
@@ -55,6 +56,7 @@ def bench(
         raise ContractError(
             "bench: --profile, --resident, --rope and --context need a checkpoint directory"
         )
+    _check_device(device, profile, context)
     names = kv.split(",")
     sizes = _sizes(context, names, new_tokens) if context else []
     _check_outputs(json_file, plot)
@@ -76,8 +78,10 @@ def bench(
     if directory:
         from . import torch_bench as whole
 
-        with terminal.bar(terminal.console(stderr=True)) as progress:
-            opened = whole.load(directory, rope=rope, resident=resident, progress=progress)
+        opened = _open(directory, rope=rope, device=device, resident=resident)
+        if device != "cpu":
+            limit = whole.copy_bandwidth(opened.model.device)
+            console.print(f"copies on {device}: {limit:.1f} GB/s read and written")
         model, parts = whole.model(
             opened, limit, prompt_tokens, new_tokens, repeats=repeats, profiled=profile
         )
@@ -100,6 +104,18 @@ def bench(
     if plot:
         measure.plot(plot, limit, rows)
         console.print(f"wrote {plot}")
+
+
+def _open(directory: Path, **how: Any) -> Any:
+    from . import torch_bench
+
+    with terminal.bar(terminal.console(stderr=True)) as progress:
+        return torch_bench.load(directory, progress=progress, **how)
+
+
+def _check_device(device: str, profile: bool, context: str | None) -> None:
+    if device != "cpu" and (profile or context):
+        raise ContractError(f"bench: --profile and --context are not there for --device {device}")
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None) -> None:

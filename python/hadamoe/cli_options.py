@@ -22,6 +22,9 @@ KV = Annotated[
         help=f"How keys and values are kept, one or one per attention layer: {', '.join(PRESETS)}."
     ),
 ]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda (an NVIDIA GPU; cuda:1 the second) or mps.")
+]
 Rope = Annotated[
     str | None, typer.Option(help="yarn:4 reaches four times the context the model has.")
 ]

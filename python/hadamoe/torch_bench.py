@@ -55,6 +55,7 @@ def load(
     directory: str | os.PathLike[str],
     *,
     rope: str | None = None,
+    device: str = "cpu",
     resident: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Opened:
@@ -69,8 +70,24 @@ def load(
 
     found = inspect.describe(directory)
     start = time.perf_counter()
-    loaded, _ = torch_model.load(directory, rope=rope, resident=resident, progress=copying)
+    loaded, _ = torch_model.load(
+        directory, rope=rope, device=device, resident=resident, progress=copying
+    )
     return Opened(found, loaded, resident, copied, time.perf_counter() - start)
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
+    """1e9 bytes/s that copies within a GPU's memory read and write: the median of ten."""
+    x = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    y, times = torch.empty_like(x), []
+    for _ in range(11):
+        y.copy_(x)
+        int(y[0])  # waits
+        start = time.perf_counter()
+        y.copy_(x)
+        int(y[-1])
+        times.append(time.perf_counter() - start)
+    return 2 * nbytes / statistics.median(times[1:]) / 1e9
 
 
 def model(
@@ -113,6 +130,8 @@ def model(
         "resident GB": torch_run.resident_bytes() / 1e9,
         "peak GB": peak / 1e9,
     }
+    if where := torch_run.device_memory(loaded):
+        figures["GPU GB"] = where / 1e9
     if opened.resident:  # a mapped file is in memory in part, nobody knows which at the peak
         figures["peak over weights GB"] = (peak - opened.copied) / 1e9
     return figures, take_apart(loaded, ids, new_tokens) if profiled else None

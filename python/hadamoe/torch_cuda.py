@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import cuda_products
+from . import cuda_delta, cuda_kv, cuda_moe, cuda_products
 from .cuda_plan import Launch
 from .errors import DeviceError
 from .gpu_calls import Front, Plans
@@ -72,7 +72,7 @@ class Machine:
     def array(self, array: np.ndarray, device: torch.device) -> Tensor:
         """A copy in the GPU's memory."""
         if array.nbytes < _STAGED:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            return torch.from_numpy(np.array(array, order="C")).to(device)
         return _staging(device).copy(array)
 
     def free_bytes(self, device: torch.device) -> int:
@@ -205,7 +205,8 @@ def run(launch: Launch, arrays: Mapping[str, Tensor | Sequence[int]]) -> list[Te
 @cache
 def front(device: torch.device) -> Front:
     """The front end of CUDA launches on tensors of a device."""
-    return new_front(Plans(cuda_products, None, None), lambda a: machine.array(a, device), run)
+    plans = Plans(cuda_products, cuda_moe, cuda_delta, cuda_kv)
+    return new_front(plans, lambda a: machine.array(a, device), run)
 
 
 #: name -> operator

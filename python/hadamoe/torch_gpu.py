@@ -90,7 +90,7 @@ def dequantize(
 ) -> Tensor:  # fmt: skip
     """``hadamoe::dequantize``."""
     w = _stored(front, rows, parts, buffers, columns)
-    return gpu_calls.dequantize(front(rows), w, rows, dtype_name(dtype))
+    return gpu_calls.dequantize(front(rows), w, rows.to(torch.int32), dtype_name(dtype))
 
 
 def qmatmul(
@@ -146,10 +146,36 @@ def gated_delta(front: FrontOf, proj: Tensor, *arguments: Any) -> Tensor:
     """``hadamoe::gated_delta``: writes conv_state and state."""
     *arrays, hk, hv, dk, dv, eps, dtype = arguments
     sizes = {"heads": (hk, hv), "head_dims": (dk, dv), "eps": eps}
-    y, *states = gpu_calls.gated_delta(front(proj), proj, *arrays, **sizes)
+    return gated_delta_in_place(front(proj), proj, *arrays, **sizes).to(dtype)
+
+
+def gated_delta_in_place(front: Front, *arrays: Tensor, **sizes: Any) -> Tensor:
+    """y of `gpu_calls.gated_delta`; the last two arrays, its states, are written."""
+    y, *states = gpu_calls.gated_delta(front, *arrays, **sizes, in_place=True)
     for old, new in zip(arrays[-2:], states, strict=True):
-        old.copy_(new)
-    return y.to(dtype)
+        if old is not new:
+            old.copy_(new)
+    return y
 
 
-OPERATORS = (hadamard, dequantize, qmatmul, moe_decode, gated_delta)
+def qmatmul_top(
+    front: FrontOf, x: Tensor, norm: Tensor | None, pre: Any, post: Any, parts: Tensor,
+    buffers: Sequence[Tensor], top: int, block: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``hadamoe::qmatmul_top``."""
+    on, y = front(x), x.reshape(-1, x.shape[-1]).float()
+    if norm is not None:
+        y = on.rms_norm(y, norm, eps)
+    if block >= 0:
+        y = gpu_calls.hadamard(on, y, block=block or None, pre=pre, post=post)
+    y = gpu_calls.product(on, y, _stored(front, y, parts, buffers, y.shape[-1]), rotated=True)
+    if top > on.plans.products.TOP:
+        y = torch.where(y.isnan(), -torch.inf, y)
+        values, index = (a[:, :top] for a in y.sort(descending=True, stable=True))
+    else:
+        values, index = gpu_calls.largest(on, y, top)
+    shape = (*x.shape[:-1], top)
+    return values.reshape(shape), index.to(torch.int32).reshape(shape)
+
+
+OPERATORS = (hadamard, dequantize, qmatmul, moe_decode, gated_delta, qmatmul_top)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen3_5Moe
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as hf
 
-from . import formats
+from . import formats, torch_cuda, torch_cuda_model
 from .errors import ContractError, DeviceError, FormatError, UnsupportedError, reading
 from .formats import ModelFiles, roles
 from .machine import no_collection
@@ -49,7 +49,8 @@ def load(
         path: directory in any of the formats `hadamoe.inspect` knows.
         dtype: of attention, its cache and the vision tower; None takes the config's (bfloat16 where
             it names none). All else is f32 between layers and in every sum.
-        device: "cpu", or "mps" for a Mac's GPU: weights are copied there when first used.
+        device: "cpu"; "cuda" for an NVIDIA GPU: weights are copied there now; or "mps" for a Mac's:
+            they are when first used.
         rope: ``"yarn:4"`` for four times the context the model was trained for, or overrides
             merged into the text model's rope parameters, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
@@ -58,7 +59,8 @@ def load(
             the checkpoint's own scales where it has usable ones.
         vision: False leaves the vision tower out.
         resident: copies the weights into memory now instead of leaving them in their mapped files.
-        progress: called with (bytes read, bytes in all) while that happens.
+        progress: called with (bytes read, bytes in all) while that happens, or while weights go to
+            an NVIDIA GPU.
 
     Returns:
         (model, tokenizer): `Qwen3_5MoeForConditionalGeneration` where the files hold a vision
@@ -67,9 +69,12 @@ def load(
     Raises:
         FormatError: the files are not what their format promises.
         UnsupportedError: a device, framework or kernel instance this build has no code for.
-        DeviceError: resident weights need more memory than is available, or no such device.
+        DeviceError: weights need more memory than is available, no such device, or what it needs
+            was not built.
     """
     device = check_device(device, kv)
+    if on_cuda := device.type == "cuda":
+        device = torch_cuda.machine.device(device)
     with no_collection():
         files = formats.read(path)
         plain = (_plain(t) for t in files.vision.values() if t.array.ndim == 2)
@@ -81,28 +86,34 @@ def load(
         vision = vision and bool(files.vision)
         if resident:
             make_resident(files, vision=vision, progress=progress)
-        model, tokenizer = _build(Path(path), files, config, dtype, vision, choice)
+        model = _build(Path(path), files, config, dtype, vision, choice, on_cuda)
         model.kv_choice, model.kv_scales = choice, _kv_scales(files, config)
-        return model.to(device), tokenizer
+        move = torch_cuda_model.upload if on_cuda else lambda model, device, _: model.to(device)
+        tokenizer = _tokenizer(Path(path)) if files.tokenizer else None
+        return move(model, device, progress), tokenizer
 
 
 def _build(
     path: Path, files: ModelFiles, config: Qwen3_5MoeConfig, dtype: torch.dtype, vision: bool,
-    choice: KVChoice | None,
-) -> tuple[nn.Module, Any]:  # fmt: skip
+    choice: KVChoice | None, on_cuda: bool,
+) -> nn.Module:  # fmt: skip
+    kinds = torch_cuda_model if on_cuda else hf
     with torch.device("meta"):
         if vision:
-            model = hf.Qwen3_5MoeForConditionalGeneration(config)
+            model = kinds.Qwen3_5MoeForConditionalGeneration(config)
         else:
-            model = hf.Qwen3_5MoeForCausalLM(config.get_text_config())
+            model = kinds.Qwen3_5MoeForCausalLM(config.get_text_config())
     if vision:
         _fill_vision(model.model.visual, files, dtype)
         model.model.register_forward_pre_hook(_forget_positions, with_kwargs=True)
-    _fill_text(model.model.language_model if vision else model.model, files, dtype, choice)
-    norm = files.tensors["norm"].astype(np.float32)
-    model.lm_head = Head(files.weights["lm_head"], norm, config.get_text_config().rms_norm_eps)
+    if on_cuda:
+        torch_cuda_model.fill_text(model, files, dtype)
+    else:
+        _fill_text(model.model.language_model if vision else model.model, files, dtype, choice)
+        norm = files.tensors["norm"].astype(np.float32)
+        model.lm_head = Head(files.weights["lm_head"], norm, config.get_text_config().rms_norm_eps)
     _finish(model, path, dtype)
-    return model, _tokenizer(path) if files.tokenizer else None
+    return model
 
 
 def _forget_positions(model: nn.Module, args: tuple, options: dict[str, Any]) -> None:
@@ -193,10 +204,10 @@ def check_device(device: str | torch.device, kv: str | Sequence[str] = "bf16") -
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ContractError(f"load: device={device!r}, needs 'cpu' or 'mps'") from None
-    if found.type not in ("cpu", "mps"):
+        raise ContractError(f"load: device={device!r}, needs 'cpu', 'cuda' or 'mps'") from None
+    if found.type not in ("cpu", "cuda", "mps"):
         raise UnsupportedError(
-            f"load: device={str(device)!r} has no kernels in this build, needs 'cpu' or 'mps'"
+            f"load: device={str(device)!r} has no kernels, needs 'cpu', 'cuda' or 'mps'"
         )
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("load: device='mps' is not there: it is a Mac's GPU")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from transformers import DynamicCache
 
 from .errors import ContractError, UnsupportedError
 from .kv_prefix import PrefixCache
-from .torch_decode import BY_LENGTH, Decoder
+from .torch_cuda_cache import BatchLayer
+from .torch_cuda_decode import Decoder as CudaDecoder
+from .torch_cuda_model import TextModel
+from .torch_decode import BY_LENGTH, Decoder, text_model
 from .torch_kv import kept
 
 __all__ = ["Generation", "bits_per_byte", "encode", "generate", "resident_bytes", "stream"]
@@ -40,6 +44,12 @@ def peak_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_memory(model: Any) -> int:
+    """Bytes of GPU memory that torch holds for a model and its sequences; 0 on other devices."""
+    device = model.device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 @contextmanager
@@ -184,10 +194,15 @@ def stream(
         decode = lambda pending: tokenizer.decode(pending, skip_special_tokens=True)  # noqa: E731
     with one_torch_thread():
         streamer = _Streamer(decode, on_text, result, time.perf_counter())
+        on_cuda = isinstance(text_model(model), TextModel)
+        if on_cuda and prefix is not None:
+            raise UnsupportedError("run: a prefix cache is not there for device='cuda'")
         if _ours(model, ids):
             pick = _Pick(model.generation_config.top_k, temperature, top_p)
-            decoder = Decoder(model, ids.shape[1] + max_tokens, prefix=prefix)
-            _stream_natively(decoder, model, ids, max_tokens, pick, stop, streamer)
+            reach = ids.shape[1] + max_tokens
+            decoder = CudaDecoder(model, reach) if on_cuda else Decoder(model, reach, prefix=prefix)
+            tokens, ends = _tokens(decoder, ids, pick), _ends(model) if stop else set()
+            _stream_natively(decoder, ids, max_tokens, tokens, ends, streamer)
             result.kv, result.token_bytes, result.kv_bytes = decoder.kept()
             return result
         if prefix is not None:
@@ -197,13 +212,16 @@ def stream(
             sampling |= {"temperature": temperature, "top_p": top_p}
         if not stop:
             sampling |= {"eos_token_id": None, "min_new_tokens": max_tokens}
+        ids = ids.to(model.device)
         mask = torch.ones_like(ids)
         cache = DynamicCache(config=model.config)
         model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, streamer=streamer,
             past_key_values=cache, **sampling,
         )  # fmt: skip
-        result.kv, result.token_bytes, result.kv_bytes = kept(cache, model.kv_choice)
+        first = cache.layers[0]
+        ours = first.shared.batch.kept() if isinstance(first, BatchLayer) else None
+        result.kv, result.token_bytes, result.kv_bytes = ours or kept(cache, model.kv_choice)
     return result
 
 
@@ -233,7 +251,8 @@ def _ours(model: Any, ids: torch.Tensor) -> bool:
     """Whether `Decoder` gives what transformers' generate() would: one sequence, plain sampling."""
     asked = model.generation_config.to_diff_dict()
     wants = any(asked.get(name) not in (None, 0, 1.0) for name in _ONLY_THEIRS)  # 1: no penalty
-    return len(ids) == 1 and Decoder.fits(model) and not wants
+    kind = CudaDecoder if isinstance(text_model(model), TextModel) else Decoder
+    return len(ids) == 1 and kind.fits(model) and not wants
 
 
 class _Pick:
@@ -243,7 +262,7 @@ class _Pick:
         self.top_k = 50 if top_k is None else top_k  # transformers' default
         self.temperature, self.top_p = temperature, top_p
 
-    def __call__(self, decoder: Decoder, x: torch.Tensor) -> int:
+    def __call__(self, decoder: Decoder | CudaDecoder, x: torch.Tensor) -> int:
         if not self.temperature:
             return int(decoder.top(x, 1)[1])
         if self.top_k:
@@ -259,22 +278,33 @@ class _Pick:
 
 
 def _stream_natively(
-    decoder: Decoder, model: Any, ids: torch.Tensor, count: int, pick: _Pick, stop: bool,
-    streamer: _Streamer,
+    decoder: Decoder | CudaDecoder, ids: torch.Tensor, count: int, tokens: Iterator[int],
+    ends: set[int], streamer: _Streamer,
 ) -> None:  # fmt: skip
-    eos = model.generation_config.eos_token_id if stop else None
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
     streamer.put(ids)
-    token = pick(decoder, decoder.prompt(ids))
-    one = torch.empty(1, 1, dtype=torch.int64)
-    for left in range(count - 1, -1, -1):
-        streamer.put(one.fill_(token))
-        if token in ends or not left:
+    for token in islice(tokens, count):
+        streamer.put(torch.tensor([[token]]))
+        if token in ends:
             break
-        token = pick(decoder, decoder.feed(one))
     if decoder.prefix is not None:
         decoder.remember()
     streamer.end()
+
+
+def _tokens(decoder: Decoder | CudaDecoder, ids: torch.Tensor, pick: _Pick) -> Iterator[int]:
+    """What follows a prompt, without end; a token is fed when the next one is asked for."""
+    if isinstance(decoder, CudaDecoder) and not pick.temperature:
+        yield from decoder.greedy(ids)
+    x, one = decoder.prompt(ids), torch.empty(1, 1, dtype=torch.int64)
+    while True:
+        token = pick(decoder, x)
+        yield token
+        x = decoder.feed(one.fill_(token))
+
+
+def _ends(model: Any) -> set[int]:
+    eos = model.generation_config.eos_token_id
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def generate(model: Any, ids: Any, new_tokens: int) -> Generation:

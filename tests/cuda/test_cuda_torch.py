@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from simt import cuda, cuda_graph
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import hadamoe
 from hadamoe import reference, torch_cuda
 from hadamoe.errors import DeviceError
 
@@ -16,7 +18,7 @@ simulated = [
     pytest.mark.simulator,  # CPU tensors in place of the GPU's
     pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
 ]
-OPERATORS = ("hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta")
+OPERATORS = ("hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta", "qmatmul_top")
 
 
 def test_operators_are_registered_for_the_device():
@@ -32,6 +34,23 @@ def test_hadamard():
     want = reference.hadamard(x.numpy(), pre=signs.numpy())
     np.testing.assert_array_equal(got.numpy(), want)
     assert [launch.name for launch in log] == ["hadamard<2>"]
+
+
+def test_torch_compile_knows_results_on_cuda():
+    """What fullgraph needs: shapes, dtypes and device of every result, without running a kernel."""
+    call, table = torch.ops.hadamoe, torch.zeros(1, 1, 12, dtype=torch.int64)
+    stored, f32 = [torch.zeros(4, dtype=torch.uint8)], torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 300, device="cuda")
+        ids = torch.zeros(3, dtype=torch.int64, device="cuda")
+        found = [
+            call.hadamard(x, None, None, 128, f32),
+            call.dequantize(table, ids, stored, 256, f32),
+            call.qmatmul(x, table, None, stored, 77, torch.bfloat16),
+            *call.qmatmul_top(x, None, None, None, table, stored, 5, -1, 1e-6),
+        ]
+    assert [tuple(a.shape) for a in found] == [(2, 384), (3, 256), (2, 77), (2, 5), (2, 5)]
+    assert {a.device.type for a in found} == {"cuda"}
 
 
 def test_a_graph_runs_what_was_recorded_and_nothing_else():
@@ -183,3 +202,9 @@ def test_staging_sends_every_byte(monkeypatch):
     for event in staging.sent:
         event.synchronize()
     assert torch.equal(result, source)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_load_says_so_before_it_reads_anything(tmp_path):
+    with pytest.raises(DeviceError, match="load: device='cuda' needs a torch with CUDA"):
+        hadamoe.load(tmp_path, device="cuda")

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing())),
 ]
 
-OPERATORS = ("hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta")
+OPERATORS = ("hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta", "qmatmul_top")
 on_gpu = SimpleNamespace(**torch_mps.OPERATORS)
 
 
@@ -70,6 +70,20 @@ def test_qmatmul(dtype):
     assert torch.equal(got, ops.qmatmul(x, w, expert=expert))
 
 
+@pytest.mark.parametrize("top", [1, 5, 70])
+def test_qmatmul_top(top):
+    rng = np.random.default_rng(5)
+    w = ops.pack(
+        samples.random_weight(rng, hadamoe.Instance("linear", 4, "bf16"), 90, 256, kind="integer")
+    )
+    table, buffers = torch.from_numpy(w.parts), [torch.from_numpy(b) for b in w.buffers]
+    x = torch.from_numpy(rng.integers(-4, 5, (2, 256)).astype("f4"))
+    with metal.mps_installed():
+        got = on_gpu.qmatmul_top(x, None, None, None, table, buffers, top, 0, 1e-6)
+    want = torch.ops.hadamoe.qmatmul_top(x, None, None, None, table, buffers, top, 0, 1e-6)
+    assert all(map(torch.equal, got, want))
+
+
 def test_gated_delta_writes_its_states():
     rng = np.random.default_rng(4)
     shape = (2, 3, 2, 4, 16, 24, 4)
@@ -85,8 +99,8 @@ def test_gated_delta_writes_its_states():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(UnsupportedError, match="device='cuda' has no kernels"):
-        hadamoe.load(tmp_path, device="cuda")
+    with pytest.raises(UnsupportedError, match="device='xpu' has no kernels"):
+        hadamoe.load(tmp_path, device="xpu")
     if not torch.backends.mps.is_available():
         with pytest.raises(DeviceError, match="device='mps' is not there"):
             hadamoe.load(tmp_path, device="mps")

@@ -153,9 +153,9 @@ def test_missing_instances_are_listed_in_one_error(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"device": "cuda"}, UnsupportedError, "load: device='cuda' has no kernels in this build"),
-        ({"device": None}, ContractError, "load: device=None, needs 'cpu' or 'mps'"),
-        ({"device": "toaster"}, ContractError, "load: device='toaster', needs 'cpu' or 'mps'"),
+        ({"device": "xpu"}, UnsupportedError, "load: device='xpu' has no kernels, needs 'cpu', "),
+        ({"device": None}, ContractError, "load: device=None, needs 'cpu', 'cuda' or 'mps'"),
+        ({"device": "toaster"}, ContractError, "load: device='toaster', needs 'cpu', 'cuda' or"),
         (
             {"framework": "jax"},
             UnsupportedError,
