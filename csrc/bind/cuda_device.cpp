@@ -68,14 +68,6 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Programmatic dependent launch came with compute capability 9.0.
-bool overlaps(int device) {
-  static std::atomic<int> known[MAX_DEVICES];
-  int major = known[device].load(std::memory_order_relaxed);
-  if (major == 0) known[device] = major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
-}
-
 }  // namespace
 
 Version driver_version() {
@@ -123,7 +115,7 @@ void Kernel::launch(const Shape& shape, const Arguments& arguments, int device, 
   config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = shape.overlap && overlaps(on.index);
+  config.numAttrs = shape.overlap && waits_[on.index].load(std::memory_order_relaxed);
   void* parameters[] = {const_cast<Arguments*>(&arguments)};
   const cudaError_t error = cudaLaunchKernelExC(&config, entry.kernel, parameters);
   if (error == cudaSuccess) return;
@@ -135,7 +127,7 @@ void Kernel::launch(const Shape& shape, const Arguments& arguments, int device, 
 
 void Kernel::ready(int device, int shared_bytes) {
   if (device >= MAX_DEVICES) throw Refused("DeviceError", "CUDA device " + std::to_string(device) + ": too many devices");
-  if (shared_bytes < limit_[device].load(std::memory_order_relaxed)) return;
+  if (shared_bytes < limit_[device].load(std::memory_order_acquire)) return;
   static std::mutex mutex;  // or one thread could lower what another just raised
   std::lock_guard<std::mutex> lock(mutex);
   const OnDevice on(device);
@@ -149,6 +141,7 @@ void Kernel::ready(int device, int shared_bytes) {
                                        std::to_string(most));
     check(cudaFuncSetAttribute(entry.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), entry.name);
   }
+  waits_[device].store(now.ptxVersion >= 90, std::memory_order_relaxed);
   limit_[device] = 1 + std::max(shared_bytes, now.maxDynamicSharedSizeBytes);
 }
 

@@ -58,6 +58,9 @@ class Kernel {
  private:
   void ready(int device, int shared_bytes);
   std::atomic<int> limit_[MAX_DEVICES] = {};  // 1 + bytes of shared memory it may ask for; 0: not yet there
+  // Whether the code there waits for its predecessors (wait_for_previous in cuda/ptx.cuh), so that it may overlap.
+  // Code for 8.0 that a newer device runs does not.
+  std::atomic<bool> waits_[MAX_DEVICES] = {};
 };
 
 }  // namespace hm

@@ -43,7 +43,7 @@ def launch(
         shared_bytes: of dynamic shared memory.
         stream: a cudaStream_t; None: the current one of the arrays' framework.
         overlap: the kernel may begin before its predecessors in the stream end, and waits itself
-            (compute capability 9.0 and later).
+            (code compiled for 9.0 and later).
 
     Raises KeyError (no such kernel), ContractError (arguments) and DeviceError (CUDA's error, with
     kernel and figures).

@@ -18,8 +18,8 @@ class Machine(Structure):
     _fields_ = [
         (name, c_int)
         for name in (
-            "driver", "devices", "major", "minor", "shared", "static_shared", "launch_error",
-            "attributes_error",
+            "driver", "devices", "major", "minor", "shared", "static_shared", "ptx",
+            "launch_error", "attributes_error",
         )
     ]  # fmt: skip
 
@@ -33,7 +33,7 @@ class Runtime:
 
     def reset(self, **facts: int) -> None:
         """Another machine, an H200's by default; no calls yet."""
-        known = {"driver": 13000, "devices": 2, "major": 9, "shared": 232448}
+        known = {"driver": 13000, "devices": 2, "major": 9, "shared": 232448, "ptx": 90}
         self._library.fake_reset(ctypes.byref(Machine(**(known | facts))))
 
     @property

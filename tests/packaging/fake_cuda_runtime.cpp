@@ -17,7 +17,7 @@ int current = 0;
 
 // What the machine is: see Machine in fake_cuda.py.
 struct Machine {
-  int driver, devices, major, minor, shared, static_shared;
+  int driver, devices, major, minor, shared, static_shared, ptx;
   int launch_error, attributes_error;  // of the next call, then 0
 } machine;
 
@@ -102,6 +102,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void* kernel)
   log("cudaFuncGetAttributes");
   if (machine.attributes_error) return taken(machine.attributes_error);
   *facts = {};
+  facts->ptxVersion = machine.ptx;
   facts->sharedSizeBytes = size_t(machine.static_shared);
   facts->maxDynamicSharedSizeBytes = kernels.at(kernel).limit;
   return cudaSuccess;
