@@ -48,7 +48,7 @@ __device__ inline void turn_head(float* v, const float* norm, const float* freqs
 }
 
 // proj [b, t, (2 heads + 2 groups) D]: query and gate of each head, keys, values; offsets [b]: positions of the first
-// tokens. Out: q f32 [b, heads, t, D]; kv [2, b, groups, t, D] or, with `placed`, the raw rows of a cache
+// tokens. Out: q [b, heads, t, D]; kv [2, b, groups, t, D] or, with `placed`, the raw rows of a cache
 // [2, b, groups, 192, D], each token where it belongs; for a cache with codes (coded) x [b, heads, t, D], queries as scores of
 // coded pages take them, and factors [b, heads, t]. x: of our codecs (coded 2) whole numbers as bytes, of others floats,
 // turned where keys are. worth: what a level is worth of a row's scale, or fp8's scale. Shared: a row of D floats a warp.
@@ -75,9 +75,9 @@ struct attention {
   }
 
   static __device__ void run(const void* proj, const float* q_norm, const float* k_norm, const float* freqs,
-                             const float* signs, const int* offsets, float* q, void* kv, void* x, float* factors, int batch,
+                             const float* signs, const int* offsets, void* q, void* kv, void* x, float* factors, int batch,
                              int tokens, int heads, int groups, int rot, float eps, float stretch, int placed, int coded,
-                             float worth, int proj_dtype, int kv_dtype) {
+                             float worth, int proj_dtype, int q_dtype, int kv_dtype) {
     const uint each = heads + 2 * groups, unit = blockIdx.x * (THREADS / 32) + warp_index(), token = unit / each;
     const int head = int(unit % each), lane = int(lane_index());
     wait_for_previous();
@@ -98,7 +98,7 @@ struct attention {
       return;
     }
     const size_t row = (size_t(b) * heads + head) * tokens + i;
-    EACH(c, N) q[row * D + lane + 32 * c] = v[c];
+    EACH(c, N) store_number(q, row * D + lane + 32 * c, q_dtype, v[c]);
     if (coded) code_query(v, signs, coded == 2, worth, x, factors, row);
   }
 };

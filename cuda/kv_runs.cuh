@@ -25,7 +25,7 @@ struct Pages {
   }
   __device__ const uint* at(uint p) const {
     if (single) return base;
-    const size_t place = table ? size_t(table[p]) * groups + group : size_t(p - skip);
+    const size_t place = table ? size_t(table[p - skip]) * groups + group : size_t(p - skip);
     return base + place * words;
   }
 };
@@ -228,8 +228,8 @@ struct kv_runs {
 
   static __device__ void run(const float* q, const void* x, const float* factors, const void* raw, const int* table,
                              const float* key_signs, const float* value_signs, const float* book, const int* lengths,
-                             float* parts, float* sums, unsigned char* key_pages, unsigned char* value_pages, int groups,
-                             int heads, int m_pages, int skip, int more, int key, int value, float key_scale,
+                             const unsigned char* fixed_keys, const unsigned char* fixed_values, float* parts,
+                             float* sums, unsigned char* key_pages, unsigned char* value_pages, int groups, int heads, int m_pages, int skip, int more, int key, int value, float key_scale,
                              float value_scale, float worth, int raw_dtype) {
     Memory& m = *shared_memory<Memory>();
     const uint eights = (heads + 7) / 8, g = blockIdx.y / eights, head = blockIdx.y % eights * 8, b = blockIdx.z;
@@ -241,13 +241,13 @@ struct kv_runs {
     const size_t raw_at = size_t(seq) * 3 * PAGE * D, values_at = size_t(gridDim.z) * groups * 3 * PAGE * D;
     const size_t array = table ? 0 : size_t(seq) * m_pages;
     const uint key_words = page_words(key, D), value_words = page_words(value, D);
-    uint* key_base = reinterpret_cast<uint*>(key_pages) + array * key_words;
-    uint* value_base = reinterpret_cast<uint*>(value_pages) + array * value_words;
+    const uint* key_base = reinterpret_cast<const uint*>(fixed_keys ? fixed_keys : key_pages) + array * key_words;
+    const uint* value_base = reinterpret_cast<const uint*>(fixed_values ? fixed_values : value_pages) + array * value_words;
     Pages keys{key_base, places, key_words, uint(groups), g, uint(skip), uint(key), 0};
     Pages values{value_base, places, value_words, uint(groups), g, uint(skip), uint(value), 0};
 
     if (blockIdx.x == 2 || blockIdx.x == 3) {
-      if (own == 0 || length % PAGE || head) return;
+      if (own == 0 || length % PAGE || head || fixed_keys) return;
       const bool side = blockIdx.x == 3;
       const Side how{side ? value : key, int(side), side ? value_signs : key_signs, book + 16 * side,
                      side ? value_scale : key_scale};

@@ -205,17 +205,18 @@ def prepare(
     stretch: float = 1.0,
     placed: bool = False,
     dtype: str = "float32",
+    q_dtype: str = "float32",
 ) -> Launch:
     """RMSNorm and positions of queries and keys of a projection ``[b, t, (2 h + 2 g) d]``.
 
     Arrays: proj; q_norm, k_norm f32 ``[d]`` unless eps is None; freqs f32 ``[rot / 2]``, radians a
-    position; signs of the keys' codec; offsets i32 ``[b]``: positions before. Results: q f32
+    position; signs of the keys' codec; offsets i32 ``[b]``: positions before. Results: q
     ``[b, h, t, d]``; kv ``[2, b, g, t, d]``; for a cache with codes x ``[b, h, t, d]`` and factors
     f32 ``[b, h, t]``, queries as scores of coded pages take them.
 
     Args:
         rot: columns that positions turn.
-        kv_dtype: of keys and values, the cache's; dtype: of proj.
+        kv_dtype: of keys and values, the cache's; dtype: of proj; q_dtype: of q.
         stretch: what YaRN multiplies cosines and sines with.
         placed: keys and values go to the raw rows of a cache, written in place under the name raw
             ``[2, b, g, 192, d]``, each where its position belongs. Of several tokens that fill a
@@ -232,7 +233,7 @@ def prepare(
     sizes |= {"coded": 0 if not coded else 2 if _our_bits(form.key) else 1}
     sizes |= {"worth": _worth(form.key, d, scales[0]) if coded else 0.0}
     outputs = [
-        Output("q", (b, h, tokens, d), "float32"),
+        Output("q", (b, h, tokens, d), q_dtype),
         kv,
         Output("x", (b, h, tokens, d) if coded else (1,), heads.query_dtype),
         Output("factors", (b, h, tokens) if coded else (1,), "float32"),
@@ -243,13 +244,19 @@ def prepare(
         (_columns(d),),
         inputs,
         tuple(outputs),
-        sizes | {"proj_dtype": NUMBERS[dtype], "kv_dtype": NUMBERS[kv_dtype]},
+        sizes
+        | {
+            "proj_dtype": NUMBERS[dtype],
+            "q_dtype": NUMBERS[q_dtype],
+            "kv_dtype": NUMBERS[kv_dtype],
+        },
         (-(-b * tokens * (h + 2 * g) // 4), 1, 1),
         128,
         4 * 4 * d,
     )
 
 
+_NO_PAGES = Output("key_pages", (1,), "uint8"), Output("value_pages", (1,), "uint8")
 #: Parts that the coded pages of a head come in, at most, and the pages of one at least: as in
 #: cuda/kv_runs.cuh. Two more are raw pages.
 PARTS, RUN, RAW_PARTS = 128, 4, 2
@@ -262,7 +269,7 @@ def slots(m: int, skip: int = 0) -> int:
 
 def runs(
     heads: Heads, m: int, skip: int, dtype: str, *, table: bool = False, places: int = 0,
-    more: int = 0,
+    more: int = 0, fixed: bool = False,
 ) -> Launch:  # fmt: skip
     """Attention of one token of each sequence over its pages, in parts for `join`; the page that
     the token fills is encoded.
@@ -274,15 +281,16 @@ def runs(
 
     Args:
         more: tokens that lengths do not count yet: 1 if they are those before this one.
+        fixed: pages are inputs, fixed_keys and fixed_values, and nothing is encoded.
     """
     b, h, g, d, form, _ = heads
     inputs = {"q": True, "x": True, "factors": True, "raw": True, "table": table}
-    inputs |= heads.tables | {"lengths": True}
+    inputs |= heads.tables | {"lengths": True, "fixed_keys": fixed, "fixed_values": fixed}
     parts, group = slots(m, skip), h // g
     outputs = (
         Output("parts", (b, g, parts, group, d), "float32"),
         Output("sums", (b, g, parts, group, 4), "float32"),
-        *heads.pages(places if table else (b, m)),
+        *(_NO_PAGES if fixed else heads.pages(places if table else (b, m))),
     )
     sizes = {"groups": g, "heads": group, "m": m, "skip": skip, "more": more}
     sizes |= heads.sides | {"worth": _worth(form.value, d, heads.scales[1])}
@@ -324,3 +332,13 @@ def join(
         256,
         4 * (1024 + PARTS + 4),
     )
+
+
+def attend(
+    heads: Heads, m: int, skip: int, dtype: str, raw_dtype: str, *, table: bool, gate: int
+) -> list[Launch]:
+    """Attention of one token over m pages that stay as they are: `runs` and `join`."""
+    return [
+        runs(heads, m, skip, raw_dtype, table=table, fixed=True),
+        join(heads, slots(m, skip), gate, dtype),
+    ]

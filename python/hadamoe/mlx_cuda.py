@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import cuda_delta, cuda_moe, cuda_products
+from . import cuda_delta, cuda_kv, cuda_moe, cuda_products
 from .cuda_plan import FOLDER, Launch
 from .gpu_calls import Front, Plans
 from .gpu_plan import Output
@@ -111,6 +111,6 @@ def _integers(values: tuple[int, ...]) -> mx.array:
 
 
 FRONT = Front(
-    Plans(cuda_products, cuda_moe, cuda_delta),
+    Plans(cuda_products, cuda_moe, cuda_delta, cuda_kv),
     *(mx.array, run, mx.argsort, mx.concatenate, mx.fast.rms_norm),
 )

@@ -119,9 +119,9 @@ def prepare(
     b, t, _ = proj.shape
     sizes = _plans().Heads(b, *heads, head_dim, form, scales)
     rot = 0 if freqs is None else 2 * freqs.shape[0]
-    names = [dtype_name(d) for d in (q_dtype, kv_dtype)]
+    dtypes = {"q_dtype": dtype_name(q_dtype), "kv_dtype": dtype_name(kv_dtype)}
     launch = _plans().prepare(
-        sizes, t, rot, *names, eps=None if norms is None else eps, stretch=stretch
+        sizes, t, rot, **dtypes, eps=None if norms is None else eps, stretch=stretch
     )
     arrays = dict(zip(("q_norm", "k_norm"), norms or (), strict=False))
     arrays |= {"proj": proj, "freqs": freqs, "dims": [t]}
