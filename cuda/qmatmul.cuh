@@ -286,6 +286,7 @@ struct Prompt {
 
 // y[t, n] = residual[t, n] + x[t] . W[n], or, of pairs p = order[i]: y[p, n] = ... x[p / slots] . W[expert][n]
 //   records: of qmatmul_tokens   parts: u32 [experts, parts_each, 8]   rows: of an expert
+//   in, columns: of parts that read x as it is, and of those that read it rotated
 //   tiles: of qmatmul_schedule, or null without experts
 //   variants, rotated: 4 bits for each form, where the records for parts that read x as it is, or rotated, are
 // Blocks: (rows / threads, tiles), of one or two warpgroups. Shared: 2 KB and two stages.
@@ -293,8 +294,9 @@ template <int PLANES, int TOKENS>
 struct qmatmul {
   static constexpr int THREADS = 256;
   static __device__ void run(const void* records, const uint* words, const uint* parts, const int* order,
-                             const int* tiles, const void* residual, void* y, int columns, int rows, int parts_each,
-                             int pairs, int slots, int per_token, int variants, int rotated, int terms, int y_dtype) {
+                             const int* tiles, const void* residual, void* y, int in, int columns, int rows,
+                             int parts_each, int pairs, int slots, int per_token, int variants, int rotated, int terms,
+                             int y_dtype) {
     using Tile = Prompt<PLANES, TOKENS>;
     auto* head = shared_memory<typename Tile::Head>();
     int first = blockIdx.y * TOKENS, end = min(first + TOKENS, pairs), expert = 0;
@@ -326,13 +328,14 @@ struct qmatmul {
     }
     __syncthreads();
     const int variant = (kind.rotated() ? rotated : variants) >> 4 * kind.form() & 15;
-    const int groups = part.kind >> 25 ? (columns + int(part.group) - 1) / int(part.group) : 1;
+    const int width = kind.rotated() ? columns : in;
+    const int groups = part.kind >> 25 ? (width + int(part.group) - 1) / int(part.group) : 1;
     const int pieces = kind.plain() ? kind.bits() / 2 : kind.bits();
     const int stage = (Tile::X + Tile::FACTS + height * (pieces | 1) * 16 + 1023) / 1024 * 1024;
     const uint behind = -static_cast<uint>(__cvta_generic_to_shared(head + 1)) % 1024;  // warpgroups want multiples
     const size_t before = size_t(variant) * (pairs / slots) * per_token * Tile::RECORD;
     Tile tile{static_cast<const char*>(records) + before, words, part, kind, head, reinterpret_cast<char*>(head + 1) + behind,
-              columns, per_token, block * height, groups, pieces, stage, {}};
+              width, per_token, block * height, groups, pieces, stage, {}};
     tile.run(terms);
     tile.store(residual, y, rows, above, y_dtype);
   }

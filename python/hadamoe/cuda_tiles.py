@@ -145,6 +145,7 @@ def product_launch(
     same = {"float16": _HALVES, "bfloat16": _BFLOATS}.get(x_dtype)
     whole = all(form_of(k) == same and not (rotated and k & ROTATED) for k in plain)
     sizes = {
+        "in": w.in_features if rotated else w.columns,
         "columns": w.columns,
         "rows": w.rows,
         "parts_each": w.parts.shape[1],
