@@ -37,7 +37,7 @@ struct Call<void (*)(P...)> {
   static constexpr int PARAMETERS = sizeof...(P);
   static constexpr int ARRAYS = int(sizeof...(P)) - (0 + ... + int(Argument<P>::SIZES));
   template <class K, size_t... I>
-  static __device__ void run(const Arguments& a, std::index_sequence<I...>) {
+  static __device__ __forceinline__ void run(const Arguments& a, std::index_sequence<I...>) {
     K::run(Argument<P>::get(a, int(I), int(I) - ARRAYS)...);  // sizes follow arrays
   }
 };

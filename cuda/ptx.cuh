@@ -15,6 +15,14 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
+// The line of 128 bytes at p is on its way to the L2 from now on.
+__device__ inline void fetch_line(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+
+// v is taken as new here: what is made of it is not made before.
+__device__ inline void keep_here(unsigned& v) { asm volatile("mov.b32 %0, %0;" : "+r"(v)); }
+
 // d += a b: 16 rows, 8 columns, 32 signed bytes. PTX ISA, "Matrix Fragments for mma.m16n8k32".
 //   a[0], a[1]: row lane / 4, row lane / 4 + 8, k 4 (lane % 4) ..; a[2], a[3]: the same, k 16 more
 //   b[0], b[1]: column lane / 4, k 4 (lane % 4) .. and 16 more

@@ -5,11 +5,24 @@ from __future__ import annotations
 from .cuda_plan import NUMBERS, Launch
 from .errors import UnsupportedError
 from .gpu_plan import Output, Step
+from .gpu_weight import ROTATED, GpuWeight
 from .packed import rotated_columns
 
 #: Numbers of a row that one block rotates, at most.
 SPAN = 4096
 THREADS = 256
+#: Tokens that read the codes together, at most: more would leave no registers for two blocks.
+TOGETHER = 2
+#: Bytes of shared memory of a block. More than the 48 KB that every launch may have: two tokens of
+#: 4096 columns lie there as three bytes each, with their sums, and one rotated.
+MEMORY = 96 << 10
+#: Largest numbers, at most, that `largest` finds one after the other.
+TOP = 64
+# Blocks that work at once on the largest GPU: two on each of 132 multiprocessors. More would only
+# lay the tokens again.
+_BLOCKS = 264
+# Numbers of a row that one block looks through.
+_PIECE = 4096
 
 
 def padded(columns: int) -> int:
@@ -101,3 +114,192 @@ def hadamard(
         THREADS,
     )
     return [Step(first, "pieces"), Step(second, to)]
+
+
+def shared_bytes(together: int, columns: int, turned: int = 0) -> int:
+    """Of a block that multiplies ``together`` tokens: `places_for` in cuda/planes.cuh.
+
+    Args:
+        turned: columns of a row that is rotated there, or 0.
+    """
+    blocks = -(-columns // 256) * 2
+    return 256 + together * (128 * 4 + 2 * 8 * 16 * 4 + blocks * 512) + 4 * padded(turned)
+
+
+def rows_at_once(kind: int, columns: int) -> int:
+    """Rows of a part that a block's warps work on together: cuda/rows.cuh."""
+    table, bits = kind >> 16 & 255, kind >> 8 & 255
+    if table == 5:  # plain: a row a warp
+        return 8
+    wide = table == 4 and bits == 2 and (kind >> 25) % 4 == 0  # `wide_of` in cuda/codes.cuh
+    steps = -(-columns // (256 if wide else 128))
+    return 16 * 8 // next(n for n in (8, 4, 2, 1) if steps >= n)
+
+
+def block_rows(w: GpuWeight, groups: int) -> int:
+    """Rows of a part for each block, where ``groups`` blocks have the same rows to do."""
+    unit = max(rows_at_once(kind, w.columns) for kind in w.kinds)
+    most = max(1, _BLOCKS // groups)
+    height = unit
+    while sum(-(-int(n) // height) for n in w.parts[0, :, 0]) > most:
+        height += unit
+    return height
+
+
+def _pieces(w: GpuWeight, height: int) -> int:
+    """Blocks for the rows of any expert."""
+    return max(sum(-(-int(n) // height) for n in expert[:, 0]) for expert in w.parts)
+
+
+def _together(tokens: int, columns: int, turned: int) -> int:
+    """How many tokens share the codes: those whose planes fit."""
+    fits = shared_bytes(TOGETHER, columns, turned) <= MEMORY
+    return TOGETHER if tokens > 1 and fits else 1
+
+
+def qmatvec(
+    tokens: int,
+    w: GpuWeight,
+    dtype: str,
+    *,
+    slots: int = 0,
+    norm: float | None = None,
+    rotate: bool = False,
+    residual: bool = False,
+) -> Launch:
+    """One weight for a few tokens.
+
+    Args:
+        tokens: t.
+        slots: experts of each token, 0 for a weight without experts.
+        norm: eps of the RMSNorm that x goes through first, or None.
+        rotate: parts that want it read x through the weight's rotation; else x has been through it.
+        residual: the result is added to an array of its shape.
+
+    Raises:
+        UnsupportedError: more columns than a block's shared memory holds.
+    """
+    columns = w.in_features if rotate else w.columns
+    turned = w.columns if rotate else 0
+    together = 1 if slots else _together(tokens, w.columns, turned)
+    shared = shared_bytes(together, w.columns, turned)
+    if shared > MEMORY:
+        raise UnsupportedError(f"qmatvec: {w.columns} columns need {shared} bytes, has {MEMORY}")
+    r = w.rotation
+    signs = [0 if s is None or not rotate else len(s) for s in ((r and r.pre), (r and r.post))]
+    groups = -(-tokens // together) * max(slots, 1)
+    height = block_rows(w, groups)
+    return Launch(
+        "qmatvec",
+        "qmatvec",
+        (together,),
+        {
+            "x": True,
+            "gamma": norm is not None,
+            "pre": signs[0] > 0,
+            "post": signs[1] > 0,
+            "words": True,
+            "parts": True,
+            "expert": slots > 0,
+            "residual": residual,
+        },
+        (Output("y", (tokens, slots, w.rows) if slots else (tokens, w.rows), dtype),),
+        {
+            "in": columns,
+            "columns": w.columns,
+            "rows": w.rows,
+            "part_count": w.parts.shape[1],
+            "slots": max(slots, 1),
+            "tokens": tokens,
+            "height": height,
+            "turns": int(rotate),
+            "block": (r and r.block) or 0,
+            "pres": signs[0] or 1,
+            "posts": signs[1] or 1,
+            "eps": float(norm or 0.0),
+            "dtype": NUMBERS[dtype],
+        },
+        (groups, _pieces(w, height), 1),
+        THREADS,
+        shared,
+    )
+
+
+def dequantize(count: int, w: GpuWeight, dtype: str) -> Launch:
+    """``count`` rows of a weight as numbers ``[count, k]``; its rotation is not undone."""
+    return Launch(
+        "dequantize",
+        "dequantize",
+        (),
+        {"index": True, "words": True, "parts": True},
+        (Output("y", (count, w.columns), dtype),),
+        {
+            "columns": w.columns,
+            "rows": w.rows,
+            "experts": w.experts,
+            "part_count": w.parts.shape[1],
+            "dtype": NUMBERS[dtype],
+        },
+        (count, 1, 1),
+        THREADS,
+    )
+
+
+def in_tiles(tokens: int, w: GpuWeight, slots: int) -> bool:
+    """Whether tiles of tokens and rows are for these tokens, or `qmatvec`, which reads the codes
+    once for 8 tokens and takes pairs of a token and an expert one by one."""
+    return False
+
+
+def product(
+    tokens: int,
+    w: GpuWeight,
+    dtype: str,
+    *,
+    slots: int = 0,
+    norm: float | None = None,
+    rotate: bool = False,
+    residual: bool = False,
+) -> list[Step]:
+    """Launches of one weight for any number of tokens; arguments as in `qmatvec`.
+
+    They read ``x``; the last one's output is ``y``.
+    """
+    steps: list[Step] = []
+    if rotate and w.columns > SPAN:  # of which a block cannot rotate a row by itself
+        if not all(kind & ROTATED for kind in w.kinds):
+            raise UnsupportedError(f"qmatvec: {w.columns} columns, some parts rotated, others not")
+        r = w.rotation
+        signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
+        shape = (tokens, w.in_features, dtype)
+        steps = hadamard(*shape, block=r.block, norm=norm, to="x", **signs)
+        norm, rotate = None, False
+    options = {"slots": slots, "norm": norm, "rotate": rotate, "residual": residual}
+    return [*steps, Step(qmatvec(tokens, w, dtype, **options), "y")]
+
+
+def largest(rows: int, columns: int, top: int) -> list[Launch]:
+    """The ``top`` largest numbers of each row of ``x``, f32 ``[rows, columns]``, in launches until
+    one block is left.
+
+    Each writes ``values`` f32 and ``index`` i32 ``[rows, pieces * top]``, which are the next one's
+    ``x`` and ``from``.
+    """
+    launches: list[Launch] = []
+    while not launches or columns > top:
+        pieces = -(-columns // _PIECE)
+        shape = (rows, pieces * top)
+        launches.append(
+            Launch(
+                "largest",
+                "qmatmul_top",
+                (),
+                {"x": True, "from": bool(launches)},
+                (Output("values", shape, "float32"), Output("index", shape, "int32")),
+                {"columns": columns, "top": top},
+                (pieces, rows, 1),
+                THREADS,
+            )
+        )
+        columns = pieces * top
+    return launches

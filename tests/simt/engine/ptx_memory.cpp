@@ -121,6 +121,7 @@ Entries memory_instructions() {
       {"fence", {nothing, 0}},  // blocks run one after another
       {"membar", {nothing, 0}},
       {"createpolicy", {nothing, 0}},
+      {"prefetch", {nothing, 0}},
       {"griddepcontrol", {nothing, 0}},  // launches run one after another
   };
 }
