@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import cuda_tiles
 from .cuda_plan import NUMBERS, Launch
 from .errors import UnsupportedError
 from .gpu_plan import Output, Step
@@ -13,6 +14,8 @@ SPAN = 4096
 THREADS = 256
 #: Tokens that read the codes together, at most: more would leave no registers for two blocks.
 TOGETHER = 2
+#: Tokens that `qmatvec` is for, at most.
+FEW = 8
 #: Bytes of shared memory of a block. More than the 48 KB that every launch may have: two tokens of
 #: 4096 columns lie there as three bytes each, with their sums, and one rotated.
 MEMORY = 96 << 10
@@ -247,8 +250,8 @@ def dequantize(count: int, w: GpuWeight, dtype: str) -> Launch:
 
 def in_tiles(tokens: int, w: GpuWeight, slots: int) -> bool:
     """Whether tiles of tokens and rows are for these tokens, or `qmatvec`, which reads the codes
-    once for 8 tokens and takes pairs of a token and an expert one by one."""
-    return False
+    once for every two tokens and takes pairs of a token and an expert one by one."""
+    return tokens * slots >= 4 * w.experts if slots else tokens > FEW
 
 
 def product(
@@ -263,8 +266,11 @@ def product(
 ) -> list[Step]:
     """Launches of one weight for any number of tokens; arguments as in `qmatvec`.
 
-    They read ``x``; the last one's output is ``y``.
+    They read ``x``; the last one's output is ``y``. With `in_tiles` and ``slots`` they need what
+    `cuda_tiles.qmatmul` does.
     """
+    if in_tiles(tokens, w, slots):
+        return _prompt(tokens, w, dtype, slots, norm, rotate, residual)
     steps: list[Step] = []
     if rotate and w.columns > SPAN:  # of which a block cannot rotate a row by itself
         if not all(kind & ROTATED for kind in w.kinds):
@@ -276,6 +282,34 @@ def product(
         norm, rotate = None, False
     options = {"slots": slots, "norm": norm, "rotate": rotate, "residual": residual}
     return [*steps, Step(qmatvec(tokens, w, dtype, **options), "y")]
+
+
+def _prompt(
+    tokens: int,
+    w: GpuWeight,
+    dtype: str,
+    slots: int,
+    norm: float | None,
+    rotate: bool,
+    residual: bool,
+) -> list[Step]:
+    """`product` by tiles: x is normed and rotated before."""
+    steps: list[Step] = []
+    turned, x_dtype, r = [bool(k & ROTATED) for k in w.kinds], dtype, w.rotation
+    if norm is not None and not (rotate and all(turned)):
+        # H of one number: the norm alone
+        shape = (tokens, w.in_features, "float32")
+        steps = hadamard(*shape, block=1, pre=0, post=0, norm=norm, x_dtype=dtype, to="x")
+        norm, x_dtype = None, "float32"
+    if rotate:
+        signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
+        to, shape = "x" if all(turned) else "rotated", (tokens, w.in_features, "float32")
+        steps += hadamard(*shape, block=r.block, norm=norm, x_dtype=x_dtype, to=to, **signs)
+        x_dtype = "float32" if all(turned) else x_dtype
+    options = {"slots": slots, "x_dtype": x_dtype, "residual": residual}
+    return steps + cuda_tiles.qmatmul(
+        tokens, w, dtype, rotated=rotate and not all(turned), **options
+    )
 
 
 def largest(rows: int, columns: int, top: int) -> list[Launch]:

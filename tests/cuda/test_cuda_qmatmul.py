@@ -218,6 +218,32 @@ def test_parts_that_read_x_rotated_beside_others(rng):
     assert (np.abs(got - np.concatenate(want, 1)) <= np.concatenate(limit, 1)).all()
 
 
+def test_prompts_go_through_tiles(rng):
+    """A norm, experts whose order the device makes, parts shorter than a padded rotation."""
+    x, w = operands(rng, INSTANCE, 9, "integer", columns=128, experts=4)
+    expert = rng.integers(0, 4, (9, 2)).astype(np.int32)
+    with cuda.installed(**MEMORY) as log:
+        arrays = {"expert": to_torch(expert)}
+        got = to_numpy(gpu_calls.product(FRONT, to_torch(x), resident(w), **arrays))
+    every = (x.astype("f8") @ values(w).reshape(-1, 128).T).reshape(9, 4, -1)
+    np.testing.assert_array_equal(got, np.take_along_axis(every, expert[..., None], 1))
+    names = ["moe_order", "qmatmul_tokens<3>", "qmatmul_schedule", "qmatmul<3, 32>"]
+    assert [launch.name for launch in log] == names
+
+    turn = Rotation(128, rng.choice(np.float32([-1, 1]), 128))
+    turned = samples.random_weight(rng, Instance("codebook", 2, "f16"), 7, 384, kind="gaussian")
+    turned = replace(turned, rotation=turn, in_features=320)
+    flat = samples.random_weight(rng, INSTANCE, 9, 320, kind="gaussian", group=64)
+    x, gamma = rng.standard_normal((10, 320)).astype("f4"), np.ones(320, "f4")
+    x /= np.sqrt((x * x).mean(-1, keepdims=True))
+    r = gpu_calls.resident(FRONT, *pack(turned, flat))
+    with cuda.installed(**MEMORY):
+        got = gpu_calls.product(FRONT, to_torch(x), r, norm=(to_torch(gamma), 0.0))
+    wide = reference.hadamard(x, block=128, pre=turn.pre).astype("f8")
+    want = [wide @ values(turned)[0].T, x.astype("f8") @ values(flat)[0].T]
+    np.testing.assert_allclose(to_numpy(got), np.concatenate(want, 1), atol=2e-4)
+
+
 @pytest.mark.parametrize("few", [0, 64])
 def test_numbers_of_every_byte(few, rng):
     """Whole numbers that need all bytes of x, or of a codebook's entries, are exact."""
