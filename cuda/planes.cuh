@@ -64,12 +64,13 @@ __device__ inline void store_sums(const Places& at, const Form& form, uint block
   to[1] = make_int4(MAGIC, start[2], __float_as_int(unit), 0);
 }
 
-// Planes and sums of one token by the block. get(k): column k of x, 0 behind the last one. No barriers.
+// Planes and sums of one token by `warps` warps, of which this is number `warp`. get(k): column k of x, 0 behind the
+// last one. No barriers.
 template <int T, class Get>
-__device__ inline void make_planes(const Places& at, const Form& form, uint columns, int token, Get get) {
+__device__ inline void make_planes(const Places& at, const Form& form, uint columns, int token, Get get, uint warp, uint warps) {
   const uint lane = lane_index(), q = lane % 8;
   const uint blocks = form.wide == 64 ? whole_blocks(columns) : (columns + 127) / 128;
-  for (uint block = warp_index(); block < blocks; block += WARPS) {
+  for (uint block = warp; block < blocks; block += warps) {
     const uint first = 128 * block + lane / 8 * 32;
     float x[4];
     EACH(j, 4) x[j] = get(first + column_of(form.order, q, j));
@@ -99,10 +100,10 @@ __device__ inline void make_planes(const Places& at, const Form& form, uint colu
 
 // x as it is, f32, for rows of plain numbers: column k at slot(k), 0 up to a multiple of 256.
 template <int T, class Get>
-__device__ inline void make_numbers(const Places& at, uint columns, int token, Get get) {
+__device__ inline void make_numbers(const Places& at, uint columns, int token, Get get, uint warp, uint warps) {
   const uint wide = (columns + 255) / 256 * 256;
   float* x = shared_at<float>(at.bytes) + token * wide;
-  for (uint k = threadIdx.x; k < wide; k += 32 * WARPS) x[slot(k)] = get(k);
+  for (uint k = 32 * warp + lane_index(); k < wide; k += 32 * warps) x[slot(k)] = get(k);
 }
 
 }  // namespace hm

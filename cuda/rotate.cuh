@@ -32,12 +32,16 @@ __device__ inline float orthonormal(const Rotation& r, float v, uint i) {
   return v * __fdiv_rn(log % 2 ? 0.70710678118654752440f : 1.0f, root);
 }
 
-// Stages within 256 numbers, of which a lane has v[0..8), the numbers i .. i + 7.
-__device__ inline void near_stages(const Rotation& r, float* v, uint i) {
+// Whether every block of H has the same size: then all lanes ask the same, once.
+__device__ inline bool alike(const Rotation& r) { return r.block || (r.wide & (r.wide - 1)) == 0; }
+
+template <bool ALIKE>
+__device__ inline void near_stages_of(const Rotation& r, float* v, uint i) {
   const uint most = largest_block(r);
   HM_UNROLL for (int h = 1; h < 8; h *= 2) {
+    if (ALIKE && uint(h) >= most) break;
     EACH(e, 8) {
-      if ((e & h) == 0 && uint(h) < block_of(r, i + e)) {
+      if ((e & h) == 0 && (ALIKE || uint(h) < block_of(r, i + e))) {
         const float a = v[e], b = v[e + h];
         v[e] = a + b, v[e + h] = a - b;
       }
@@ -45,12 +49,17 @@ __device__ inline void near_stages(const Rotation& r, float* v, uint i) {
   }
   HM_UNROLL for (int h = 8; h < 256; h *= 2) {
     if (uint(h) >= most) break;
-    const bool upper = lane_index() & (h / 8);
+    const float sign = lane_index() & (h / 8) ? -1.0f : 1.0f;  // the upper one is subtracted
     EACH(e, 8) {
       const float other = __shfl_xor_sync(FULL, v[e], h / 8);
-      if (uint(h) < block_of(r, i + e)) v[e] = upper ? other - v[e] : v[e] + other;
+      if (ALIKE || uint(h) < block_of(r, i + e)) v[e] = fmaf(sign, v[e], other);
     }
   }
+}
+// Stages within 256 numbers, of which a lane has v[0..8), the numbers i .. i + 7.
+__device__ inline void near_stages(const Rotation& r, float* v, uint i) {
+  if (alike(r)) near_stages_of<true>(r, v, i);
+  else near_stages_of<false>(r, v, i);
 }
 
 // Stages from `from` on, between v[m]: the numbers i + from * m.

@@ -20,11 +20,13 @@
 
 namespace hm {
 
-// Lays one token into shared memory in the form that a part's rows want. No barriers.
+// Lays one token into shared memory in the form that a part's rows want, by `warps` warps, of which this is number
+// `warp`. No barriers.
 template <int T, class Get>
-__device__ __forceinline__ void lay_token(const Places& at, uint kind, uint columns, int token, Get get) {
-  if (table_of(kind) == PLAIN) make_numbers<T>(at, columns, token, get);
-  else make_planes<T>(at, form_of(kind), columns, token, get);
+__device__ __forceinline__ void lay_token(const Places& at, uint kind, uint columns, int token, Get get,
+                                          uint warp = warp_index(), uint warps = WARPS) {
+  if (table_of(kind) == PLAIN) make_numbers<T>(at, columns, token, get, warp, warps);
+  else make_planes<T>(at, form_of(kind), columns, token, get, warp, warps);
 }
 
 // Bytes first .. end - 1 on their way to the L2, where they need no registers.
@@ -72,6 +74,7 @@ struct Tiles {
   const uint* words;
   Part part;
   uint columns, end;
+  Places at;
   uint groups, per_group;  // per_group: 2^16 / spans of a group, rounded up; 0: one group
   uint span_log, side_log;  // of a span's columns, and of the spans of four lanes side by side
   C codes;
@@ -122,12 +125,11 @@ struct Tiles {
   // Where a lane's sums of x lie, for a tile.
   __device__ __forceinline__ uint sums_at(uint step, uint tile) const {
     const uint own = 2 * tile + lane_index() % 4 / 2, token = min_of(own >> side_log, T - 1);
-    return places_for<T>(columns).sums + ((span_at(step, own) * T + token) * 2 + lane_index() % 2) * 16;
+    return at.sums + ((span_at(step, own) * T + token) * 2 + lane_index() % 2) * 16;
   }
 
   // Adds a step's products to `sum`, two tiles at a time: 4 pairs, in the order (token, span).
   __device__ __forceinline__ void multiply(Piece& p, uint step, uint row) {
-    const Places at = places_for<T>(columns);
     Scales scales;
     load(scales, step, row);
     const uint tiles = ((T << side_log) + 1) / 2;
@@ -220,7 +222,6 @@ struct Tiles {
   __device__ __forceinline__ void run(uint first) {
     const uint split = split_of(columns, part.kind), steps = (columns + STEP - 1) / STEP;
     const uint own = warp_index() % split, height = 16 * WARPS / split;
-    const Places at = places_for<T>(columns);
     open();
     uint row = first + 16 * (warp_index() / split);
     for (uint begin = first, turn = 0; begin < end; begin += height, turn++) {
@@ -284,45 +285,56 @@ __device__ __forceinline__ void plain_rows(const uint* words, const uint* part_o
   }
 }
 
-// Each a function of its own: as one, they keep a compiler busy for minutes.
-template <int T, class C, int WIDE>
-__device__ __forceinline__ void code_rows(const uint* words, const uint* part, uint columns, uint first, uint end) {
-  Tiles<T, C, WIDE> tiles{words, part_at(part, 0), columns, end};
-  tiles.run(first);
+// f.run<Tiles>(), or f.plain<DTYPE>(), for the kind that a part has; part_of: its 8 numbers in the table.
+template <int T, class F>
+__device__ __forceinline__ void with_kind(const uint* words, const uint* part_of, uint kind, F f) {
+#define HM_RUN(WIDE, ...) return f.template run<Tiles<T, __VA_ARGS__, WIDE>>()
+  const int table = table_of(kind), bits = bits_of(kind);
+  if (table == PLAIN) {
+    if (scale_of(kind) == F32) return f.template plain<F32>();
+    if (scale_of(kind) == F16) return f.template plain<F16>();
+    return f.template plain<BF16>();
+  }
+  if (table == CODEBOOK) {
+    if (bits == 4) HM_RUN(32, Codes<CODEBOOK, 4>);
+    if (bits == 3) HM_RUN(32, Codes<CODEBOOK, 3>);
+    if (wide_of(table, bits, group_of(kind)) == 32) HM_RUN(32, TwoBits<false>);
+    if (TwoBits<true>::fits(words, part_at(part_of, 0))) HM_RUN(64, TwoBits<true>);
+    HM_RUN(64, TwoBits<false>);
+  }
+  if (table == E2M1 || table == E2M1_GGUF) HM_RUN(32, Codes<E2M1, 4>);
+  switch (bits) {
+    case 2: HM_RUN(32, Codes<LINEAR, 2>);
+    case 3: HM_RUN(32, Codes<LINEAR, 3>);
+    case 4: HM_RUN(32, Codes<LINEAR, 4>);
+    case 5: HM_RUN(32, Codes<LINEAR, 5>);
+    case 6: HM_RUN(32, Codes<LINEAR, 6>);
+    default: HM_RUN(32, Codes<LINEAR, 8>);
+  }
+#undef HM_RUN
 }
 
-// part: its 8 numbers in the table, of this kind.
 template <int T>
-__device__ __forceinline__ void part_rows(const uint* words, const uint* part, uint kind, uint columns, uint first, uint end) {
-#define HM_ROWS(WIDE, ...) code_rows<T, __VA_ARGS__, WIDE>(words, part, columns, first, end)
-#define HM_PLAIN(DTYPE) plain_rows<T, DTYPE>(words, part, columns, first, end)
-  const int table = table_of(kind), bits = bits_of(kind);
-  __syncthreads();
-  if (table == PLAIN) {
-    if (scale_of(kind) == F32) HM_PLAIN(F32);
-    else if (scale_of(kind) == F16) HM_PLAIN(F16);
-    else HM_PLAIN(BF16);
-  } else if (table == CODEBOOK) {
-    if (bits == 4) HM_ROWS(32, Codes<CODEBOOK, 4>);
-    else if (bits == 3) HM_ROWS(32, Codes<CODEBOOK, 3>);
-    else if (wide_of(table, bits, group_of(kind)) == 32) HM_ROWS(32, TwoBits<false>);
-    else if (TwoBits<true>::fits(words, part_at(part, 0))) HM_ROWS(64, TwoBits<true>);
-    else HM_ROWS(64, TwoBits<false>);
-  } else if (table == E2M1 || table == E2M1_GGUF) {
-    HM_ROWS(32, Codes<E2M1, 4>);
-  } else {
-    switch (bits) {
-      case 2: HM_ROWS(32, Codes<LINEAR, 2>); break;
-      case 3: HM_ROWS(32, Codes<LINEAR, 3>); break;
-      case 4: HM_ROWS(32, Codes<LINEAR, 4>); break;
-      case 5: HM_ROWS(32, Codes<LINEAR, 5>); break;
-      case 6: HM_ROWS(32, Codes<LINEAR, 6>); break;
-      default: HM_ROWS(32, Codes<LINEAR, 8>);
-    }
+struct BlockRows {
+  const uint *words, *part_of;
+  uint columns, first, end;
+
+  template <class Tiles>
+  __device__ __forceinline__ void run() {
+    Tiles tiles{words, part_at(part_of, 0), columns, end, places_for<T>(columns)};
+    tiles.run(first);
   }
+  template <int DTYPE>
+  __device__ __forceinline__ void plain() {
+    plain_rows<T, DTYPE>(words, part_of, columns, first, end);
+  }
+};
+// part_of: a part's 8 numbers in the table, of this kind.
+template <int T>
+__device__ __forceinline__ void part_rows(const uint* words, const uint* part_of, uint kind, uint columns, uint first, uint end) {
   __syncthreads();
-#undef HM_ROWS
-#undef HM_PLAIN
+  with_kind<T>(words, part_of, kind, BlockRows<T>{words, part_of, columns, first, end});
+  __syncthreads();
 }
 
 }  // namespace hm

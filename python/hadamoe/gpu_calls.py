@@ -354,11 +354,11 @@ def _swiglu(front: Front, both: Any) -> Any:
 def _chosen(front: Front, x: Any, w: Experts, expert: Any, pairs: Mapping[str, Any]) -> Any:
     """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``, ordered in pairs."""
     tokens, slots = expert.shape
-    if front.plans.products.in_tiles(tokens, w.plan, slots):
+    launch = front.plans.moe.product(tokens, slots, w.routed.plan)
+    if launch is None or front.plans.products.in_tiles(tokens, w.plan, slots):
         return product(front, x, w.routed, expert=expert, pairs=pairs)
     r = w.plan.rotation
     if r is not None:
         x = hadamard(front, x, block=r.block, pre=w.arrays["pre"], post=w.arrays["post"])
     arrays = w.arrays | pairs | {"x": x, "dims": [tokens * slots]}
-    launch = front.plans.moe.product(tokens, slots, w.routed.plan)
     return front.run(launch, arrays)[0]

@@ -36,12 +36,16 @@ ARCHITECTURE = "90a"
 REGISTERS = 128
 #: Kernels that may have more, and how many: one block of 256 threads, or two of 128. A tile's sums
 #: are most of what a multiprocessor has; no known model has gated delta heads of more than 128;
-#: attention has a way through for every codec.
+#: attention has a way through for every codec; a token's
+#: experts are a block for each multiprocessor, which waits for memory and not for others.
 WIDE = {
     "qmatmul<2, 64>": 255,
     "qmatmul<3, 32>": 255,
     "delta_scan<32>": 255,
     "delta_prepare<8, 8>": 255,
+    "moe_gate_up": 255,
+    "moe_down<2>": 168,
+    "moe_down<4>": 255,
     **{f"kv_runs<{d}, 1>": 255 for d in (64, 128, 256)},
 }
 #: Static shared memory of a block, in bytes; what grows with a model's sizes is dynamic.
