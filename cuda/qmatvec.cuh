@@ -46,10 +46,11 @@ __device__ inline void lay_input(const Input& in, const Places& at, uint kind, u
 template <int T>
 struct qmatvec {
   static constexpr int THREADS = 32 * WARPS, BLOCKS = 2;
-  static __device__ __forceinline__ void run(const void* x, const float* gamma, const float* pre, const float* post, const uint* words,
-                             const uint* parts, const int* expert, const void* residual, void* y, int in, int columns,
-                             int rows, int part_count, int slots, int tokens, int height, int turns, int block, int pres,
-                             int posts, float eps, int dtype) {
+  static __device__ __forceinline__ void run(const void* x, const float* gamma, const float* pre, const float* post,
+                                             const uint* words, const uint* parts, const int* expert,
+                                             const void* residual, void* y, int in, int columns, int rows,
+                                             int part_count, int slots, int tokens, int height, int turns, int block,
+                                             int pres, int posts, float eps, int dtype) {
     const uint slot_of = blockIdx.x % slots, first = blockIdx.x / slots * T;
     const Places at = places_for<T>(columns);
     clear_zeros();
