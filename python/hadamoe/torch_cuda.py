@@ -82,9 +82,16 @@ class Machine:
 
     def capture(self, step: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """``step`` recorded as one CUDA graph, not run; what it returns runs it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):  # torch.cuda.graph collects garbage first: 100 ms and more
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
         return graph.replay
 
     def reader(self, like: Tensor) -> Callable[[Tensor], Callable[[], Tensor]]:

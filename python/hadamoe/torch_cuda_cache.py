@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .errors import ContractError, UnsupportedError
-from .torch_cuda_decode import Batch
+from .torch_cuda_decode import Batch, batch_of
 
 __all__ = ["BatchLayer", "Shared", "adopt"]
 
@@ -20,20 +20,22 @@ ROOM = 1024
 
 
 class Shared:
-    """The `Batch` of all layers, and how long transformers believes it is (with padding).
+    """The `Batch` of all layers, and how long transformers believes it is (with padding)."""
 
-    Args:
-        model: from `hadamoe.load` with device="cuda".
-    """
+    batch: Batch | None = None
 
     def __init__(self, text: Any, head: Any, choice: Any) -> None:
-        self.parts, self.batch, self.length = (text, head, choice), None, 0
+        self.parts, self.length = (text, head, choice), 0
+
+    def __del__(self) -> None:
+        if self.batch is not None:
+            self.parts[0].spare = self.batch
 
     def begin(self, count: int, tokens: int) -> Batch:
         """The batch of ``count`` sequences, made for a prompt of ``tokens``."""
         if self.batch is None:
             text, head, choice = self.parts
-            self.batch = Batch(text, head, count, tokens + ROOM, choice)
+            self.batch = batch_of(text, head, count, tokens + ROOM, choice)
         if count != len(self.batch.lengths):
             raise ContractError(f"the batch is {count}, the cache has {len(self.batch.lengths)}")
         return self.batch

@@ -73,7 +73,7 @@ class Batch:
         self.tokens = torch.zeros(count, dtype=torch.int32, device=self.device)
         self.at = torch.zeros((2, count), dtype=torch.int32, device=self.device)
         self.logits: Tensor | None = None
-        self._replay, self._warm = None, False
+        self._replay, self._recorded, self._warm = None, None, False
 
     def _check_memory(self, needs: int, what: str) -> None:
         free = torch_cuda.machine.free_bytes(self.device)
@@ -149,8 +149,10 @@ class Batch:
             self.tokens.copy_(tokens)
         if self._replay is None and self._warm:
             self._replay = torch_cuda.machine.capture(self.record, self.device)
+            self._recorded = self.logits
         if self._replay is not None:
             self._replay()
+            self.logits = self._recorded  # a prompt left its own there
         else:  # what CUDA and torch do but once must not happen while a graph is recorded
             self.record()
             self._warm = True
@@ -220,6 +222,18 @@ class Batch:
         return self.choice.name, self.kv.token_bytes, self.kv.token_bytes * sum(self.lengths)
 
 
+def batch_of(text: Any, head: Any, count: int, capacity: int, choice: KVChoice) -> Batch:
+    """A `Batch` with room for so much: the one that was used last, emptied, if it fits, for its
+    graph is recorded; else a new one."""
+    spare, text.spare = text.spare, None
+    fits = spare is not None and spare.choice is choice and len(spare.lengths) == count
+    if fits and spare.kv.capacity >= capacity:
+        spare.reset()
+        return spare
+    del spare  # its memory is free before new memory is taken
+    return Batch(text, head, count, capacity, choice)
+
+
 def _whole(tokens: int) -> int:
     """A capacity: whole runs of pages."""
     return -(-tokens // RUN) * RUN
@@ -244,7 +258,11 @@ class Decoder:
     def __init__(self, model: Any, capacity: int, kv: str | KVChoice | None = None) -> None:
         choice = choice_of(model, kv)
         self.text, self.head = text_model(model), model.lm_head
-        self.batch = Batch(self.text, self.head, 1, capacity, choice)
+        self.batch = batch_of(self.text, self.head, 1, capacity, choice)
+
+    def __del__(self) -> None:
+        if hasattr(self, "batch"):
+            self.text.spare = self.batch
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -316,8 +334,8 @@ def choice_of(model: Any, kv: str | KVChoice | None) -> KVChoice:
     choice = model.kv_choice
     if isinstance(kv, KVChoice):
         choice = kv
-    elif kv is not None or choice is None:
-        choice = KVChoice.of(model.config, kv or "bf16", scales=model.kv_scales)
+    elif kv is not None:
+        choice = KVChoice.of(model.config, kv, scales=model.kv_scales)
     for name in ("window", "tokens", "vectors"):
         if getattr(choice, name) is not None:
             raise UnsupportedError(f"kv: {name} is not there for device='cuda'")

@@ -23,7 +23,7 @@ from .resident import Progress
 from .torch_blocks import zero_centred
 from .torch_cuda_blocks import Embedding, Head, Place, layers, place
 from .torch_cuda_cache import adopt
-from .torch_cuda_decode import choice_of
+from .torch_cuda_decode import Batch, choice_of
 from .torch_decode import BY_LENGTH, text_model
 from .torch_layers import Fused
 
@@ -37,9 +37,11 @@ class TextModel(hf.Qwen3_5MoeTextModel):
 
     Attributes:
         outer: the causal model, in a list: it is no part of this one.
+        spare: sequences that nobody holds any more, for the next ones (`batch_of`).
     """
 
     outer: list[Any]
+    spare: Batch | None
 
     def parts(self) -> tuple[Any, Any, Any]:
         """What a `Shared` is made of."""
@@ -163,7 +165,7 @@ def fill_text(outer: Any, files: ModelFiles, dtype: torch.dtype) -> None:
     rope = config.rope_parameters["rope_type"]
     if rope in BY_LENGTH:
         raise UnsupportedError(f"load: rope_type {rope!r} is not there for device='cuda'")
-    text.__class__, text.outer = TextModel, [outer]
+    text.__class__, text.outer, text.spare = TextModel, [outer], None
     embedded, head = w["embed_tokens"], w["lm_head"]
     packed = pack(embedded)
     text.embed_tokens = Embedding(packed, dtype)

@@ -55,8 +55,8 @@ def load(
             merged into the text model's rope parameters, such as
             ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}``.
         kv: how caches made for the model keep keys and values: a preset of `hadamoe.kv`, or one
-            per attention layer. "bf16" is the contiguous, unquantized cache in dtype. "fp8" takes
-            the checkpoint's own scales where it has usable ones.
+            per attention layer. "bf16" is the contiguous, unquantized cache in dtype, on an NVIDIA
+            GPU pages of bf16. "fp8" takes the checkpoint's own scales where it has usable ones.
         vision: False leaves the vision tower out.
         resident: copies the weights into memory now instead of leaving them in their mapped files.
         progress: called with (bytes read, bytes in all) while that happens, or while weights go to
@@ -82,7 +82,7 @@ def load(
         values = formats.with_rope(files.config, rope) if rope else files.config
         config = _config(Path(path), values)
         dtype = _dtype(dtype, config)
-        choice = _kv_choice(files, config, kv)
+        choice = _kv_choice(files, config, kv, on_cuda)
         vision = vision and bool(files.vision)
         if resident:
             make_resident(files, vision=vision, progress=progress)
@@ -142,9 +142,9 @@ def _kv_scales(files: ModelFiles, config: Qwen3_5MoeConfig) -> np.ndarray | None
 
 
 def _kv_choice(
-    files: ModelFiles, config: Qwen3_5MoeConfig, kv: str | Sequence[str]
+    files: ModelFiles, config: Qwen3_5MoeConfig, kv: str | Sequence[str], on_cuda: bool
 ) -> KVChoice | None:
-    if kv == "bf16":
+    if kv == "bf16" and not on_cuda:  # contiguous there
         return None
     return KVChoice.of(config, kv, scales=_kv_scales(files, config))
 
