@@ -14,7 +14,7 @@ struct Codes {
 
   // tiles: two side by side, of the 16 rows among which a lane's are.
   __device__ void load(const uint* tiles) {
-    const uint lane = opaque(lane_index()), t = lane % 4;
+    const uint lane = lane_index(), t = lane % 4;
     const uint* at = tiles + lane / 4 % 4 * 4;
     if constexpr (BITS == 2) take(0, at + 16 * t);
     if constexpr (BITS == 3) take(0, at + t / 2 * 48 + t % 2 * 16), take(1, at + t / 2 * 48 + 32);
@@ -59,7 +59,7 @@ struct Codes {
 // This lane's 16 of 64 bytes, in the order in which codes leave their words.
 template <int BITS>
 __device__ __forceinline__ void load_terms(const signed char* bytes, uint* four) {
-  const uint t = opaque(lane_index()) % 4;
+  const uint t = lane_index() % 4;
   uint n[4];
   if constexpr (BITS < 4) {
     const uint4 w = *reinterpret_cast<const uint4*>(bytes + 16 * t);

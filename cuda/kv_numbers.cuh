@@ -131,7 +131,7 @@ __device__ inline void store_queries(const float* x, uint heads, uint4* queries)
 // 32 tokens of a page times 8 queries.
 template <int BITS, int D>
 __device__ __forceinline__ void number_sums(const Source& s, uint half, const uint4* queries, float (*sums)[4]) {
-  const uint lane = opaque(lane_index()), token = 32 * half + lane / 4 * 4, t = lane % 4;
+  const uint lane = lane_index(), token = 32 * half + lane / 4 * 4, t = lane % 4;
   const bool exact = s.exact();
   EACH(i, 2) EACH(e, 4) sums[i][e] = 0.0f;
 #pragma unroll(BITS == 16 ? 2 : 1)
@@ -157,7 +157,7 @@ constexpr uint WEIGHT_ROW = 4 * PAGE + 16;
 // 32 columns of a page of values, times 8 heads' weights: o += .
 template <int BITS, int D>
 __device__ __forceinline__ void add_numbers(const Source& s, const unsigned short* weights, uint column, float (*o)[4]) {
-  const uint lane = opaque(lane_index()), t = lane % 4;
+  const uint lane = lane_index(), t = lane % 4;
   const bool exact = s.exact();
   const unsigned short* mine = weights + lane / 4 * WEIGHT_ROW + 4 * t;
 #pragma unroll(BITS == 16 ? 2 : 1)

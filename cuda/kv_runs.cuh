@@ -15,16 +15,19 @@ constexpr uint RAW_PARTS = 2;
 __device__ inline uint part_pages(uint own) { return (own + PARTS * RUN - 1) / (PARTS * RUN) * RUN; }
 __device__ inline uint coded_parts(uint own) { return own < 2 ? 0 : (own + part_pages(own) - 1) / part_pages(own); }
 
-// Pages of one side of a sequence's key head: one, or where page p is of a table or an array of its own.
+// Codecs that a kernel is compiled for: one, beside 16-bit numbers, or all of them, which takes twice the registers.
+constexpr int ANY = -1;
+__host__ __device__ constexpr bool may_be(int compiled, int codec) { return compiled == ANY || compiled == codec; }
+
+// Pages of one side of a sequence's key head: where page p is of a table or an array of its own; raw ones: one page.
 struct Pages {
   const uint* base;
   const int* table;  // of the sequence
-  uint words, groups, group, skip, codec, single;
+  uint words, groups, group, skip, codec;
   __device__ void raw(const void* rows, size_t word, int dtype) {
-    base = static_cast<const uint*>(rows) + word, codec = raw_codec(dtype), single = 1;
+    base = static_cast<const uint*>(rows) + word, table = nullptr, words = 0, codec = raw_codec(dtype);
   }
   __device__ const uint* at(uint p) const {
-    if (single) return base;
     const size_t place = table ? size_t(table[p - skip]) * groups + group : size_t(p - skip);
     return base + place * words;
   }
@@ -34,7 +37,7 @@ struct Pages {
 template <int D, class T>
 __device__ __forceinline__ void store_scores(RunMemory<D>& m, uint unit, const Pages& keys, const uint* page, uint count,
                                     const T (*sums)[4]) {
-  const uint lane = opaque(lane_index()), token = unit % 2 * 32 + lane / 4 * 4, head = lane % 4 * 2;
+  const uint lane = lane_index(), token = unit % 2 * 32 + lane / 4 * 4, head = lane % 4 * 2;
   const uint* scales = page + code_words(keys.codec, D);
   float scale[4];
   EACH(i, 4) {
@@ -56,7 +59,7 @@ __device__ __forceinline__ void store_scores(RunMemory<D>& m, uint unit, const P
 template <int BITS, int D>
 __device__ __forceinline__ void score_codes(RunMemory<D>& m, uint unit, const Pages& keys, const uint* page) {
   int sums[2][4];
-  code_sums<BITS, D>(page, unit % 2, m.bytes + opaque(lane_index()) / 4 * D, sums);
+  code_sums<BITS, D>(page, unit % 2, m.bytes + lane_index() / 4 * D, sums);
   store_scores<D>(m, unit, keys, page, PAGE, sums);
 }
 template <int BITS, int D>
@@ -67,23 +70,23 @@ __device__ __forceinline__ void score_numbers(RunMemory<D>& m, uint unit, const 
   store_scores<D>(m, unit, keys, page, count, sums);
 }
 // 32 tokens of a page.
-template <int D, int ALL>
+template <int D, int KEY>
 __device__ __forceinline__ void score(RunMemory<D>& m, uint unit, const Pages& keys, const uint* page, uint count) {
   switch (keys.codec) {
-    case kv_h2: return score_codes<2, D>(m, unit, keys, page);
-    case kv_h3: return score_codes<3, D>(m, unit, keys, page);
-    case kv_h4: return score_codes<4, D>(m, unit, keys, page);
-    case kv_h8: return score_codes<8, D>(m, unit, keys, page);
-    case kv_raw_f32: return score_numbers<32, D>(m, unit, keys, page, count);
     case kv_bf16:
     case kv_raw_f16: return score_numbers<16, D>(m, unit, keys, page, count);
+    case kv_h2: if constexpr (may_be(KEY, kv_h2)) return score_codes<2, D>(m, unit, keys, page); break;
+    case kv_h3: if constexpr (may_be(KEY, kv_h3)) return score_codes<3, D>(m, unit, keys, page); break;
+    case kv_h4: if constexpr (may_be(KEY, kv_h4)) return score_codes<4, D>(m, unit, keys, page); break;
+    case kv_h8: if constexpr (may_be(KEY, kv_h8)) return score_codes<8, D>(m, unit, keys, page); break;
   }
-  if constexpr (ALL) {
+  if constexpr (KEY == ANY) {
     switch (code_bits(keys.codec)) {
       case 2: return score_numbers<2, D>(m, unit, keys, page, count);
       case 3: return score_numbers<3, D>(m, unit, keys, page, count);
       case 4: return score_numbers<4, D>(m, unit, keys, page, count);
       case 8: return score_numbers<8, D>(m, unit, keys, page, count);
+      case 32: return score_numbers<32, D>(m, unit, keys, page, count);
     }
   }
 }
@@ -110,7 +113,7 @@ template <int BITS, int D>
 __device__ __forceinline__ void weigh_codes(RunMemory<D>& m, const Span& span, const Pages& values, float worth, float (*o)[4]) {
   constexpr int AHEAD = BITS == 8 ? 2 : RUN;  // pages on their way while scores are softened
   Codes<BITS> codes[AHEAD];
-  const uint lane = opaque(lane_index()), tiles = (2 * warp_index() + lane / 16) * 32 * BITS;
+  const uint lane = lane_index(), tiles = (2 * warp_index() + lane / 16) * 32 * BITS;
   EACH(p, AHEAD) {
     if (span.begin + p < span.end) codes[p].load(values.at(span.begin + p) + tiles);
   }
@@ -139,23 +142,23 @@ __device__ __forceinline__ void weigh_numbers(RunMemory<D>& m, const Span& span,
     add_numbers<BITS, D>(source, m.shares() + (p - span.begin) * PAGE, 32 * warp_index(), o);
   }
 }
-template <int D, int ALL>
+template <int D, int VALUE>
 __device__ __forceinline__ void weigh(RunMemory<D>& m, const Span& span, const Pages& values, float worth, float (*o)[4]) {
   switch (values.codec) {
-    case kv_h2: return weigh_codes<2, D>(m, span, values, worth, o);
-    case kv_h3: return weigh_codes<3, D>(m, span, values, worth, o);
-    case kv_h4: return weigh_codes<4, D>(m, span, values, worth, o);
-    case kv_h8: return weigh_codes<8, D>(m, span, values, worth, o);
-    case kv_raw_f32: return weigh_numbers<32, D>(m, span, values, o);
     case kv_bf16:
     case kv_raw_f16: return weigh_numbers<16, D>(m, span, values, o);
+    case kv_h2: if constexpr (may_be(VALUE, kv_h2)) return weigh_codes<2, D>(m, span, values, worth, o); break;
+    case kv_h3: if constexpr (may_be(VALUE, kv_h3)) return weigh_codes<3, D>(m, span, values, worth, o); break;
+    case kv_h4: if constexpr (may_be(VALUE, kv_h4)) return weigh_codes<4, D>(m, span, values, worth, o); break;
+    case kv_h8: if constexpr (may_be(VALUE, kv_h8)) return weigh_codes<8, D>(m, span, values, worth, o); break;
   }
-  if constexpr (ALL) {
+  if constexpr (VALUE == ANY) {
     switch (code_bits(values.codec)) {
       case 2: return weigh_numbers<2, D>(m, span, values, o);
       case 3: return weigh_numbers<3, D>(m, span, values, o);
       case 4: return weigh_numbers<4, D>(m, span, values, o);
       case 8: return weigh_numbers<8, D>(m, span, values, o);
+      case 32: return weigh_numbers<32, D>(m, span, values, o);
     }
   }
 }
@@ -175,19 +178,19 @@ __device__ inline void load_token_scales(RunMemory<D>& m, const Span& span, cons
   }
 }
 
-template <int D, int ALL>
+template <int D, int KEY, int VALUE>
 __device__ __forceinline__ void attend_run(RunMemory<D>& m, const Span& span, const Pages& keys, const Pages& values, float scale,
                                   float worth, float (*o)[4]) {
   load_token_scales(m, span, values, scale);
   for (uint unit = warp_index(); unit < 2 * RUN; unit += D / 32) {
     const uint p = span.begin + unit / 2;
     if (p < span.end) {
-      score<D, ALL>(m, unit, keys, keys.at(p), p + 1 < span.end ? PAGE : span.count);
+      score<D, KEY>(m, unit, keys, keys.at(p), p + 1 < span.end ? PAGE : span.count);
     } else {
       EACH(i, 8) m.scores[i * SCORE_ROW + unit * 32 + lane_index()] = -INFINITY;
     }
   }
-  weigh<D, ALL>(m, span, values, worth, o);
+  weigh<D, VALUE>(m, span, values, worth, o);
   __syncthreads();
 }
 
@@ -206,9 +209,9 @@ __device__ inline void store_part(const RunMemory<D>& m, uint heads, const float
 // [2, b, groups, 192, D]; lengths [b]: tokens of each sequence, but for `more` of this call. Out: parts
 // [b, groups, RAW_PARTS + gridDim.x - 4, heads, D], sums alike (most, total, noise, 0). A page that this token fills is
 // encoded. Blocks: (page 0, own page, encoding of keys, of values, then coded parts; groups * ceil(heads / 8); b).
-template <int D, int ALL>
+template <int D, int KEY, int VALUE>
 struct kv_runs {
-  static constexpr int THREADS = D, BLOCKS = ALL ? 1 : 512 / D;
+  static constexpr int THREADS = D, BLOCKS = KEY == ANY ? 1 : 512 / D;
   using Memory = RunMemory<D>;
 
   static __device__ void load_head(Memory& m, const void* queries, bool ours, size_t first, uint heads, const float* factors,
@@ -243,8 +246,8 @@ struct kv_runs {
     const uint key_words = page_words(key, D), value_words = page_words(value, D);
     const uint* key_base = reinterpret_cast<const uint*>(fixed_keys ? fixed_keys : key_pages) + array * key_words;
     const uint* value_base = reinterpret_cast<const uint*>(fixed_values ? fixed_values : value_pages) + array * value_words;
-    Pages keys{key_base, places, key_words, uint(groups), g, uint(skip), uint(key), 0};
-    Pages values{value_base, places, value_words, uint(groups), g, uint(skip), uint(value), 0};
+    Pages keys{key_base, places, key_words, uint(groups), g, uint(skip), uint(key)};
+    Pages values{value_base, places, value_words, uint(groups), g, uint(skip), uint(value)};
 
     if (blockIdx.x == 2 || blockIdx.x == 3) {
       if (own == 0 || length % PAGE || head || fixed_keys) return;
@@ -269,7 +272,7 @@ struct kv_runs {
     const uint from = begin;
     for (; begin < end; begin += RUN) {
       const Span span{coded && begin == 0 ? 1 : begin, min_of(begin + RUN, end), tokens, begin == from};
-      attend_run<D, ALL>(m, span, keys, values, value_scale, worth, o);
+      attend_run<D, KEY, VALUE>(m, span, keys, values, value_scale, worth, o);
     }
     const size_t to = ((size_t(seq) * (gridDim.x - 2) + part) * heads + head);
     store_part<D>(m, count, o, parts + to * D, reinterpret_cast<float4*>(sums) + to);

@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_digits(RunMemory<D>& m, uint page, uint he
 // row's scale.
 template <int D>
 __device__ __forceinline__ void soften(RunMemory<D>& m, uint head, bool first, bool ours, float worth) {
-  const uint lane = opaque(lane_index());
+  const uint lane = lane_index();
   float2 s[RUN];
   float most = first ? -INFINITY : m.most[head], total = 0.0f, squares = 0.0f;
   const float before = most;

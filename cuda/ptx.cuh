@@ -126,11 +126,4 @@ __device__ inline unsigned permute_bytes(unsigned a, unsigned b, unsigned select
   return d;
 }
 
-// x, of which the compiler knows nothing: what is computed from it is not moved out of loops and branches, where it would
-// hold registers.
-__device__ inline unsigned opaque(unsigned x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 }  // namespace hm

@@ -9,10 +9,13 @@ import numpy as np
 from .cuda_plan import NUMBERS, Launch
 from .errors import UnsupportedError
 from .gpu_plan import Output
-from .kv import CODECS, PAGE, KVFormat, page_bytes
+from .kv import CODECS, PAGE, PRESETS, KVFormat, page_bytes
 
 #: Columns of a head that kernels are compiled for.
 HEAD_DIMS = (64, 128, 256)
+#: Formats of 256 columns with a kernel of their own for `runs`, where raw rows have 16 bits: it
+#: needs half the registers of the one for all codecs.
+COMPILED = [PRESETS[name] for name in ("bf16", "hk8v8", "hk8v4", "hk4v4", "hk4v3", "hk4v2")]
 #: Tokens that the raw rows of a sequence hold: page 0, the newest page and the one before it.
 RAW = 3 * PAGE
 _ROTATED = ("h", "t")  # first letters of codecs that turn rows
@@ -294,10 +297,13 @@ def runs(
     )
     sizes = {"groups": g, "heads": group, "m": m, "skip": skip, "more": more}
     sizes |= heads.sides | {"worth": _worth(form.value, d, heads.scales[1])}
+    codecs = -1, -1
+    if d == 256 and form in COMPILED and dtype != "float32":
+        codecs = CODECS[form.key], CODECS[form.value]
     return Launch(
         "kv_runs",
         "kv_runs",
-        (_columns(d), 1),
+        (_columns(d), *codecs),
         inputs,
         outputs,
         sizes | {"raw_dtype": NUMBERS[dtype]},
