@@ -16,7 +16,7 @@ __device__ inline uint part_pages(uint own) { return (own + PARTS * RUN - 1) / (
 __device__ inline uint coded_parts(uint own) { return own < 2 ? 0 : (own + part_pages(own) - 1) / part_pages(own); }
 
 // Codecs that a kernel is compiled for: one, beside 16-bit numbers, or all of them, which takes twice the registers.
-constexpr int ANY = -1;
+constexpr int ANY = 99;
 __host__ __device__ constexpr bool may_be(int compiled, int codec) { return compiled == ANY || compiled == codec; }
 
 // Pages of one side of a sequence's key head: where page p is of a table or an array of its own; raw ones: one page.

@@ -13,6 +13,8 @@ from .kv import CODECS, PAGE, PRESETS, KVFormat, page_bytes
 
 #: Columns of a head that kernels are compiled for.
 HEAD_DIMS = (64, 128, 256)
+#: Stands for every codec where a kernel is compiled for one: as in cuda/kv_runs.cuh.
+ANY = 99
 #: Formats of 256 columns with a kernel of their own for `runs`, where raw rows have 16 bits: it
 #: needs half the registers of the one for all codecs.
 COMPILED = [PRESETS[name] for name in ("bf16", "hk8v8", "hk8v4", "hk4v4", "hk4v3", "hk4v2")]
@@ -297,7 +299,7 @@ def runs(
     )
     sizes = {"groups": g, "heads": group, "m": m, "skip": skip, "more": more}
     sizes |= heads.sides | {"worth": _worth(form.value, d, heads.scales[1])}
-    codecs = -1, -1
+    codecs = ANY, ANY
     if d == 256 and form in COMPILED and dtype != "float32":
         codecs = CODECS[form.key], CODECS[form.value]
     return Launch(

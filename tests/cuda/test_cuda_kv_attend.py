@@ -144,7 +144,7 @@ def test_kernels_of_presets(form):
         other, log, all_codecs = case.run()
     finally:
         cuda_kv.COMPILED = compiled
-    assert log[1].name == "kv_runs<256, -1, -1>"
+    assert log[1].name == "kv_runs<256, 99, 99>"
     np.testing.assert_array_equal(y, other)
     for a, b in zip(cache.pages, all_codecs.pages, strict=True):
         assert torch.equal(a, b)  # the page that the token filled
