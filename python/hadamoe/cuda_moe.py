@@ -97,6 +97,7 @@ def gate_up(
         (-(-max(inner, own) // _HEIGHT), top_k + 1, tokens),
         256,
         memory,
+        experts.kinds,
     )
 
 
@@ -150,6 +151,7 @@ def down(
         (-(-experts.rows // _ROWS), tokens, 1),
         32 * warps,
         fixed + warps * each,
+        experts.kinds,
     )
 
 

@@ -36,6 +36,6 @@ def test_a_layer_of_the_model(name):
     ]
     assert len(log) == 3
     for launch, least in zip(log, read, strict=True):
-        # lanes that share a scale each read it, from the first level of caches
-        assert least <= launch.traffic["words"][0] <= 1.6 * least
+        # every lane reads the scales and the codebook it needs, mostly from the nearest cache
+        assert least <= launch.traffic["words"][0] <= 1.8 * least
         assert launch.threadgroup_bytes <= 48 * 1024
