@@ -36,6 +36,20 @@ __host__ __device__ constexpr int scale_of(uint kind) { return int(kind & 255); 
 __host__ __device__ constexpr bool is_rotated(uint kind) { return kind >> 24 & 1; }  // the part reads x rotated
 __host__ __device__ constexpr int group_of(uint kind) { return 32 * int(kind >> 25); }  // 0: a scale for the row, or none
 
+// Whether codes of a table and bits may come. HM_KINDS lists the kinds of parts that a text is for, where that is known
+// (hadamoe.mlx_cuda): for all of them it compiles five times as long.
+__host__ __device__ constexpr bool may_come(int table, int bits) {
+#ifdef HM_KINDS
+  for (uint kind : {HM_KINDS}) {
+    const int own = table_of(kind) == LINEAR_SIGNED ? LINEAR : table_of(kind) == E2M1_GGUF ? E2M1 : table_of(kind);
+    if (own == table && bits_of(kind) == bits) return true;
+  }
+  return false;
+#else
+  return true;
+#endif
+}
+
 // In which order codes leave their words.
 enum Order { NATURAL, PAIRS, FOURS, GGUF };
 // Column, of 32, of byte j of word q.
@@ -119,7 +133,7 @@ struct Codes;
 // Code minus its middle, which 8 bits need to be signed; else the code.
 template <int BITS>
 struct Codes<LINEAR, BITS> {
-  static constexpr int WIDTH = BITS, PLANES = 1;
+  static constexpr int KIND = LINEAR, WIDTH = BITS, PLANES = 1;
   static constexpr bool SHIFTS = true;  // a number times sum(x) is added: base, or a bias
   static constexpr float unit = 1.0f, base = float(1 << (BITS - 1));  // base: with a bias only
   __device__ void open(const uint*, const Part&) {}
@@ -150,7 +164,7 @@ __device__ inline uint of_halves(uint w, int q) { return ((w >> 1 & 0x44444444u)
 // Twice an E2M1 number is a byte.
 template <>
 struct Codes<E2M1, 4> {
-  static constexpr int WIDTH = 4, PLANES = 1;
+  static constexpr int KIND = E2M1, WIDTH = 4, PLANES = 1;
   static constexpr bool SHIFTS = false;
   static constexpr float unit = 0.5f, base = 0.0f;
   __device__ void open(const uint*, const Part&) {}
@@ -165,7 +179,7 @@ struct Codes<E2M1, 4> {
 // own mirror image, as Lloyd and Max make it: SYMMETRIC leaves its plane out.
 template <bool SYMMETRIC>
 struct TwoBits {
-  static constexpr int WIDTH = 2, PLANES = SYMMETRIC ? 2 : 3;
+  static constexpr int KIND = CODEBOOK, WIDTH = 2, PLANES = SYMMETRIC ? 2 : 3;
   static constexpr bool SHIFTS = true;
   static constexpr float unit = 1.0f;
   float first, second, both, base;
@@ -193,7 +207,7 @@ struct TwoBits {
 // Entries in 24-bit fixed point of the largest, as three signed bytes: off by 2^-24 of it at most.
 template <int BITS>
 struct Codes<CODEBOOK, BITS> {
-  static constexpr int WIDTH = BITS, PLANES = 3;
+  static constexpr int KIND = CODEBOOK, WIDTH = BITS, PLANES = 3;
   static constexpr bool SHIFTS = false;
   static constexpr float base = 0.0f;
   uint entry[3][BITS == 4 ? 4 : 2];

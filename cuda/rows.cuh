@@ -288,12 +288,21 @@ __device__ __forceinline__ void plain_rows(const uint* words, const uint* part_o
 // f.run<Tiles>(), or f.plain<DTYPE>(), for the kind that a part has; part_of: its 8 numbers in the table.
 template <int T, class F>
 __device__ __forceinline__ void with_kind(const uint* words, const uint* part_of, uint kind, F f) {
-#define HM_RUN(WIDE, ...) return f.template run<Tiles<T, __VA_ARGS__, WIDE>>()
+#define HM_RUN(WIDE, ...)                                                                                           \
+  {                                                                                                                 \
+    if constexpr (may_come(__VA_ARGS__::KIND, __VA_ARGS__::WIDTH)) f.template run<Tiles<T, __VA_ARGS__, WIDE>>(); \
+    return;                                                                                                         \
+  }
   const int table = table_of(kind), bits = bits_of(kind);
   if (table == PLAIN) {
-    if (scale_of(kind) == F32) return f.template plain<F32>();
-    if (scale_of(kind) == F16) return f.template plain<F16>();
-    return f.template plain<BF16>();
+    if constexpr (may_come(PLAIN, 32)) {
+      if (scale_of(kind) == F32) return f.template plain<F32>();
+    }
+    if constexpr (may_come(PLAIN, 16)) {
+      if (scale_of(kind) == F16) return f.template plain<F16>();
+      if (scale_of(kind) == BF16) return f.template plain<BF16>();
+    }
+    return;
   }
   if (table == CODEBOOK) {
     if (bits == 4) HM_RUN(32, Codes<CODEBOOK, 4>);

@@ -225,6 +225,7 @@ def qmatvec(
         (groups, _pieces(w, height), 1),
         THREADS,
         shared,
+        w.kinds,
     )
 
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'hadamoe[mlx]')")
 import nvrtc  # noqa: E402
+from mlx_cases import check  # noqa: E402
 from simt import cuda  # noqa: E402
 
-from hadamoe import mlx, mlx_cuda, mlx_gpu, reference  # noqa: E402
+from hadamoe import Instance, mlx, mlx_cuda, mlx_gpu, reference  # noqa: E402
 from hadamoe.cuda_plan import Launch  # noqa: E402
 from hadamoe.errors import ContractError  # noqa: E402
 from hadamoe.gpu_plan import Output  # noqa: E402
-from hadamoe.verify import layers  # noqa: E402
+from hadamoe.verify import cases, layers  # noqa: E402
 
 pytestmark = [
     pytest.mark.simulator,
     pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
+]
+
+INSTANCES = [
+    Instance("linear", 4, "bf16"),
+    Instance("e2m1", 4, "e8m0"),
+    Instance("codebook", 2, "f16"),
+    Instance("plain", 16, "bf16"),
 ]
 
 
@@ -45,6 +55,23 @@ def test_hadamard(rng, dtype):
     assert len(log) == 2  # blocks of 8192 and 4096, in pieces of 4096
     assert got.dtype == x.dtype
     assert mx.array_equal(got, mx.array(want).astype(got.dtype))
+
+
+@pytest.mark.parametrize("inst", INSTANCES, ids=str)
+def test_products(inst):
+    """Several tokens, parts and experts, f32 and f16, and rows of a weight."""
+    some = [*list(cases.qmatmul_cases(inst, "integer"))[2::5], *cases.dequantize_cases(inst)][::2]
+    with cuda.installed(check=True) as log:
+        for case in some:
+            check(case)
+    kinds = {tuple(re.findall("#define HM_KINDS.*", launch.source)) for launch in log}
+    assert len(kinds) > 1  # a text is for the kinds of parts at hand
+
+
+def test_the_largest_products():
+    with cuda.installed():
+        for case in list(layers.qmatmul_top_cases())[:3]:
+            check(case)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_cases import check, to_numpy
+from mlx_cases import check, to_numpy
 from simt import metal
 
 from hadamoe import Instance, Weight, ops, reference

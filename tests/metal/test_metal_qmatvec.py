@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_cases import check, to_numpy
+from mlx_cases import check, to_numpy
 from simt import metal
 
 from hadamoe import Instance, Rotation, Weight, mlx_gpu, ops, reference

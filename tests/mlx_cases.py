@@ -1,4 +1,4 @@
-"""verify's cases through MLX's arrays: what every Metal product is tested with."""
+"""verify's cases through MLX's arrays: what its GPU kernels are tested with."""
 
 from __future__ import annotations
 
