@@ -88,7 +88,7 @@ def run(launch: Launch, arrays: Mapping[str, mx.array | Sequence[int]]) -> list[
         tuple([out.name for out in launch.outputs]),
         tuple([(n, v if isinstance(v, float) else None) for n, v in sizes]),
         launch.shared,
-        tuple(sorted(launch.kinds)),
+        tuple(sorted(set(launch.kinds))),
     )
     inputs = [arrays[name] for name in launch.present]
     x, y, z = launch.groups
