@@ -34,7 +34,7 @@ struct Prompt {
 
   const char* records;
   const uint* words;
-  TilePart part;
+  Part part;
   TileKind kind;
   Head* head;
   char* stages;
@@ -62,7 +62,7 @@ struct Prompt {
       copy_async<4>(x + X + 4 * i, from);
     }
     const int height = blockDim.x, whole = part.stride / 4;
-    const char* first = reinterpret_cast<const char*>(words + 4ul * part.codes);
+    const char* first = reinterpret_cast<const char*>(piece(words, part.codes));
     int n = threadIdx.x / pieces, c = threadIdx.x % pieces;
     while (n < height) {
       const int at = block * pieces + c, in = min_of(row + n, part.rows - 1);
@@ -88,16 +88,21 @@ struct Prompt {
     }
   }
 
+  __device__ float load_scale(const uint* p, size_t i) const {
+    if (kind.scale() != E8M0) return load_number(p, i, kind.scale());
+    return scale_number(reinterpret_cast<const unsigned char*>(p)[i], E8M0);
+  }
+
   // The scale and the bias of the lane's four rows, of the group that column is in.
   __device__ void factors(int column, float* scale, float* shift) const {
     const int g = groups == 1 ? 0 : column / int(part.group);
     EACH(r, 4) {
       const uint n = min_of(row + 32 * warp_index() + 8 * r + lane_index() / 4, part.rows - 1);
       const size_t i = size_t(n) * groups + g;
-      const float s = load_scale(words + 4ul * part.scale, i, kind.scale());
+      const float s = load_scale(piece(words, part.scale), i);
       scale[r] = s * head->factor;
-      const bool biased = kind.biased() && part.bias != NO_PLACE;
-      shift[r] = biased ? load_scale(words + 4ul * part.bias, i, kind.scale()) : 0.0f;
+      const bool biased = kind.biased() && part.bias != NONE;
+      shift[r] = biased ? load_scale(piece(words, part.bias), i) : 0.0f;
       if (kind.biased()) shift[r] += float(1 << (kind.bits() - 1)) * s;
     }
   }
@@ -306,7 +311,7 @@ struct qmatmul {
       const int* tile = tiles + 4 * (blockIdx.y + 1);
       expert = tile[0], first = tile[1], end = tile[2];
     }
-    const TilePart* table = reinterpret_cast<const TilePart*>(parts) + size_t(expert) * parts_each;
+    const Part* table = reinterpret_cast<const Part*>(parts) + size_t(expert) * parts_each;
     const int height = blockDim.x;
     int block = blockIdx.x, above = 0, p = 0;
     for (; p < parts_each; p++) {
@@ -315,7 +320,7 @@ struct qmatmul {
       block -= blocks, above += table[p].rows;
     }
     if (p == parts_each) return;
-    const TilePart part = table[p];
+    const Part part = table[p];
     const TileKind kind{part.kind};
     for (int i = threadIdx.x; i < TOKENS; i += height) {
       const int pair = min(first + i, end - 1), place = order ? order[pair] : pair;
@@ -323,13 +328,13 @@ struct qmatmul {
       head->target[i] = first + i < end ? place : -1;
     }
     if (warp_index() == 0) {
-      make_table<PLANES>(kind, reinterpret_cast<const float*>(words + 4ul * part.table),
+      make_table<PLANES>(kind, reinterpret_cast<const float*>(piece(words, part.table)),
                          reinterpret_cast<unsigned char*>(head->table), &head->factor);
     }
     __syncthreads();
-    const int variant = (kind.rotated() ? rotated : variants) >> 4 * kind.form() & 15;
-    const int width = kind.rotated() ? columns : in;
-    const int groups = part.kind >> 25 ? (width + int(part.group) - 1) / int(part.group) : 1;
+    const int variant = (is_rotated(part.kind) ? rotated : variants) >> 4 * kind.form() & 15;
+    const int width = is_rotated(part.kind) ? columns : in;
+    const int groups = group_of(part.kind) ? (width + int(part.group) - 1) / int(part.group) : 1;
     const int pieces = kind.plain() ? kind.bits() / 2 : kind.bits();
     const int stage = (Tile::X + Tile::FACTS + height * (pieces | 1) * 16 + 1023) / 1024 * 1024;
     const uint behind = -static_cast<uint>(__cvta_generic_to_shared(head + 1)) % 1024;  // warpgroups want multiples

@@ -1,21 +1,15 @@
 // A part's codes as A of mma: of each 32 columns of a row (a step) a lane has 8, as two words of signed bytes. Decoded
 // from shared memory in registers, 0.4 to 2.3 instructions a code.
 #pragma once
+#include "codes.cuh"
 #include "fixed.cuh"
 
 namespace hm {
 
 // How a token's record (qmatmul_prepare.cuh) lies, as the codes of a part are decoded; hadamoe.cuda_tiles.form_of.
-//   NATURAL, PAIRS, GGUF: signed bytes, 128 columns in a record
+//   NATURAL, PAIRS, GGUF: signed bytes, 128 columns in a record; lane t of four has words 2 t and 2 t + 1 of each 32
 //   HALVES, BFLOATS: f16 in units of a power of two, or bf16, 64 columns in a record
-enum Form { NATURAL, PAIRS, GGUF, HALVES, BFLOATS };
-
-// Column of byte b of lane t, half h of a step, within its 32.
-__device__ inline uint column_of(int form, uint t, uint h, uint b) {
-  if (form == NATURAL) return 8 * t + 4 * h + b;
-  if (form == PAIRS) return 8 * t + 2 * b + h;
-  return 4 * t + 2 * h + b / 2 + b % 2 * 16;
-}
+enum { HALVES = GGUF + 1, BFLOATS };
 
 // What decodes a part. Forms say which columns the 8 are.
 //   NIBBLES: linear of 4 bits   BYTES: of 8   SPREAD: of 3, 5, 6
@@ -23,21 +17,16 @@ __device__ inline uint column_of(int form, uint t, uint h, uint b) {
 //   WORDS: plain numbers of 16 bits   FLOATS: of 32
 enum Way { NIBBLES, BYTES, SPREAD, LOOK2, LOOK3, LOOK4, WORDS, FLOATS };
 
-// A block of rows of one kind, and what its kind says (hadamoe.gpu_weight). Places count 16-byte pieces of the words.
-struct TilePart {
-  uint rows, kind, group, stride, codes, scale, bias, table;  // stride: words from row to row
-};
-constexpr uint NO_PLACE = 0xffffffffu;
+// What a kind says.
 struct TileKind {
   uint kind;
-  __device__ int table() const { return kind >> 16 & 255; }
-  __device__ int bits() const { return kind >> 8 & 255; }
-  __device__ int scale() const { return kind & 255; }
-  __device__ bool rotated() const { return kind >> 24 & 1; }
-  __device__ bool linear() const { return table() <= 1; }
-  __device__ bool biased() const { return table() == 0; }
-  __device__ bool book() const { return table() == 4; }
-  __device__ bool plain() const { return table() == 5; }
+  __device__ int table() const { return table_of(kind); }
+  __device__ int bits() const { return bits_of(kind); }
+  __device__ int scale() const { return scale_of(kind); }
+  __device__ bool linear() const { return table() <= LINEAR_SIGNED; }
+  __device__ bool biased() const { return table() == LINEAR; }
+  __device__ bool book() const { return table() == CODEBOOK; }
+  __device__ bool plain() const { return table() == PLAIN; }
   __device__ int way() const {
     if (plain()) return bits() == 32 ? FLOATS : WORDS;
     if (!linear()) return bits() == 2 ? LOOK2 : bits() == 3 ? LOOK3 : LOOK4;
@@ -45,7 +34,7 @@ struct TileKind {
   }
   __device__ int form() const {
     if (plain()) return scale() == F16 ? HALVES : BFLOATS;
-    return table() == 3 ? GGUF : bits() == 2 || (linear() && bits() == 4) ? PAIRS : NATURAL;
+    return table() == E2M1_GGUF ? GGUF : bits() == 2 || (linear() && bits() == 4) ? PAIRS : NATURAL;
   }
 };
 
@@ -129,13 +118,6 @@ __device__ inline void decode(TileKind kind, const uint* words, int stride, uint
   else if (kind.bits() == 3) each(3, spread_eight<3>);
   else if (kind.bits() == 5) each(5, spread_eight<5>);
   else each(6, spread_eight<6>);
-}
-
-// A scale or a bias; 3: E8M0.
-__device__ inline float load_scale(const uint* p, size_t i, int dtype) {
-  if (dtype != 3) return load_number(p, i, dtype);
-  const uint bits = reinterpret_cast<const unsigned char*>(p)[i];
-  return __uint_as_float(bits == 255 ? 0x7fc00000u : bits ? bits << 23 : 0x00400000u);
 }
 
 // Bytes of the table that a LOOK decodes by, [PLANES][16], and what its numbers are multiplied by afterwards. By the

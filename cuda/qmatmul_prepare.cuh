@@ -47,7 +47,7 @@ struct qmatmul_tokens {
     uint word[PLANES];
     EACH(p, PLANES) word[p] = 0;
     EACH(b, 4) {
-      const int n = line[lane / 8 * 32 + column_of(form, lane % 4, lane / 4 % 2, b)];
+      const int n = line[lane / 8 * 32 + column_of(form, lane % 4 * 2 + lane / 4 % 2, b)];
       EACH(p, PLANES) word[p] |= byte_of<PLANES>(n, p) << 8 * b;
     }
     EACH(p, PLANES) reinterpret_cast<uint*>(record)[32 * p + lane] = word[p];

@@ -24,12 +24,12 @@ SHARED = 98304
 _HEAD = 2048
 #: Blocks that keep the largest GPU busy; with fewer, blocks of fewer rows are better.
 _BUSY = 132
-_NATURAL, _PAIRS, _GGUF, _HALVES, _BFLOATS = range(5)
+_NATURAL, _PAIRS, _, _GGUF, _HALVES, _BFLOATS = range(6)
 _LINEAR, _SIGNED, _E2M1, _E2M1_GGUF, _CODEBOOK, _PLAIN = range(6)
 
 
 def form_of(kind: int) -> int:
-    """How records lie for parts of a kind: ``Form`` in cuda/qmatmul_codes.cuh."""
+    """How records lie for parts of a kind: ``Order`` in cuda/codes.cuh and two more."""
     table, bits, scale = kind >> 16 & 255, kind >> 8 & 255, kind & 255
     if table == _PLAIN:
         return _HALVES if scale == NUMBERS["float16"] else _BFLOATS
