@@ -120,15 +120,15 @@ def test_raw_dtypes_and_ragged_batches(raw, pool):
     case.check(pool=pool)
 
 
-@pytest.mark.parametrize("preset", ["hk4v3", "turbo4v2", "fp8", "kivi4"])
+@pytest.mark.parametrize("preset", ["hk4v3", "turbo4v2"])
 def test_the_model(preset):
     """8 query heads to a key head of 256 columns; each byte of the pages is read once."""
     form = PRESETS[preset]
-    case = Case(form, Shape(16, 2, 256, (1100,), 1, raw="bf16"))
+    case = Case(form, Shape(16, 2, 256, (600,), 1, raw="bf16"))
     y, log, _ = case.run(check=True)
     assert (np.abs(y - case.want.value) <= case.want.error).all()
     for name, codec in zip(("key_pages", "value_pages"), form, strict=True):
-        pages = 2 * 16 * page_bytes(codec, 256)  # 18 pages less page 0 and the own
+        pages = 2 * 8 * page_bytes(codec, 256)  # 10 pages less page 0 and the own
         assert log[1].traffic[name].unique_read == pages
 
 
