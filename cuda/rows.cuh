@@ -31,7 +31,7 @@ __device__ __forceinline__ void lay_token(const Places& at, uint kind, uint colu
 
 // Bytes first .. end - 1 on their way to the L2, where they need no registers.
 __device__ __forceinline__ void fetch_bytes(const uint* from, size_t first, size_t end) {
-  for (size_t at = first + threadIdx.x * 128; at < end; at += 32 * WARPS * 128)
+  HM_NO_UNROLL for (size_t at = first + threadIdx.x * 128; at < end; at += 32 * WARPS * 128)
     fetch_line(reinterpret_cast<const unsigned char*>(from) + at);
 }
 // Codes, scales and biases of rows first .. end - 1.
@@ -106,9 +106,16 @@ struct Tiles {
       else EACH(i, WORDS) p.codes[r][i] = 0;
     }
   }
+  static constexpr bool BYTES = C::PLANES == 1 && !C::SHIFTS;  // E2M1: scales are E8M0
+
   __device__ __forceinline__ void load(Scales& p, uint step, uint row) const {
+    if constexpr (BYTES) load_as<unsigned char>(p, step, row);
+    else if (scale_of(part.kind) == F32) load_as<uint>(p, step, row);
+    else load_as<unsigned short>(p, step, row);
+  }
+  template <class A>
+  __device__ __forceinline__ void load_as(Scales& p, uint step, uint row) const {
     const bool biased = C::SHIFTS && part.bias != NONE;
-    const int dtype = scale_of(part.kind);
     const uint last = (columns - 1) >> span_log;
     EACH(r, 2) {
       const uint n = row + lane_index() / 4 + 8 * r;
@@ -116,10 +123,19 @@ struct Tiles {
         const uint span = min_of(span_at(step, 2 * i + lane_index() % 4 / 2), last);
         const uint g = n * groups + (span * per_group >> 16);
         const bool wanted = n < end && (i == 0 || two_scales());
-        p.scale[r][i] = wanted ? stored(words, part.scale, g, dtype) : 0;
-        if constexpr (C::SHIFTS) p.bias[r][i] = wanted && biased ? stored(words, part.bias, g, dtype) : 0;
+        p.scale[r][i] = wanted ? uint(reinterpret_cast<const A*>(piece(words, part.scale))[g]) : 0;
+        if constexpr (C::SHIFTS) {
+          p.bias[r][i] = wanted && biased ? uint(reinterpret_cast<const A*>(piece(words, part.bias))[g]) : 0;
+        }
       }
     }
+  }
+  // A loaded scale or bias: selections, no branches.
+  __device__ __forceinline__ float number(uint bits) const {
+    const int dtype = scale_of(part.kind);
+    if constexpr (BYTES) return scale_number(bits, E8M0);
+    const float half = from_f16(bits & 0xffffu);
+    return dtype == F16 ? half : __uint_as_float(dtype == BF16 ? bits << 16 : bits);
   }
 
   // Where a lane's sums of x lie, for a tile.
@@ -184,16 +200,15 @@ struct Tiles {
   // Adds a tile's integers to its sums. span: the power of two of x, for the planes that this lane has, and sum(x).
   __device__ __forceinline__ void add(const Scales& p, uint tile, const int (*d)[4], float2 span) {
     const bool biased = table_of(part.kind) == CODEBOOK || part.bias != NONE;
-    const int dtype = scale_of(part.kind);
     EACH(r, 2) {
       float f[C::PLANES][2];
       EACH(q, C::PLANES) EACH(c, 2) f[q][c] = __int_as_float(d[q][2 * r + c]) - __int_as_float(MAGIC);
       const float v = fmaf(codes.value(&f[0][0], 2), 256.0f, codes.value(&f[0][1], 2)) * span.x;
       const bool other = tile % 2 && two_scales();
-      const float scale = scale_number(other ? p.scale[r][1] : p.scale[r][0], dtype);
+      const float scale = number(other ? p.scale[r][1] : p.scale[r][0]);
       float shift = 0.0f;
       if constexpr (C::SHIFTS) {
-        const float bias = scale_number(other ? p.bias[r][1] : p.bias[r][0], dtype);
+        const float bias = number(other ? p.bias[r][1] : p.bias[r][0]);
         if (biased) shift = fmaf(codes.base, scale, bias);
       }
       EACH(j, 2 * T) {
@@ -225,7 +240,7 @@ struct Tiles {
     open();
     uint row = first + 16 * (warp_index() / split);
     for (uint begin = first, turn = 0; begin < end; begin += height, turn++) {
-      fetch_rows(words, part, columns, begin + height, min_of(begin + 2 * height, end));
+      if (T == 1) fetch_rows(words, part, columns, begin + height, min_of(begin + 2 * height, end));
       for (uint step = own; step < steps; step += split) {
         if (row >= end) break;
         Piece piece;
