@@ -15,6 +15,7 @@ from simt import cuda, cuda_graph
 import hadamoe
 from hadamoe import ops
 from hadamoe.errors import DeviceError, UnsupportedError
+from hadamoe.torch_decode import text_model
 
 pytestmark = [
     pytest.mark.simulator,  # CPU tensors in place of the GPU's
@@ -62,7 +63,7 @@ def test_launches_of_a_token(name):
     with cuda_graph.installed() as (machine, _):
         model = load(name)
         one_by_one(model, torch.tensor([[65, 66, 67, 68]]), [2, 1, 1])
-    layers = model.model.layers
+    layers = text_model(model).layers
     linear = sum(layer.linear for layer in layers)
     found = Counter(name.split("<")[0] for name in machine.graphs[0])
     assert found == {
