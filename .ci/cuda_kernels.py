@@ -103,14 +103,14 @@ def table(architectures: tuple[str, ...], compiler: Path) -> Iterator[str]:
             file: [pool.submit(compile_one, compiler, file, a) for a in architectures]
             for file in FILES
         }
-        yield f"{'kernel':48}" + "".join(f"{'sm_' + a:>14}" for a in architectures)
+        yield f"{'kernel':48}" + "".join(f"{'sm_' + a:>18}" for a in architectures)
         for file, running in jobs.items():
             done = [job.result() for job in running]
-            times = "".join(f"{seconds:12.1f} s" for _, seconds in done)
+            times = "".join(f"{seconds:16.1f} s" for _, seconds in done)
             yield f"{file.name:48}{times}"
             by_name = [{k.name: k for k in kernels} for kernels, _ in done]
             for name in sorted(by_name[0], key=_natural):
-                yield f"  {name:46}" + "".join(f"{_cell(k[name]):>14}" for k in by_name)
+                yield f"  {name:46}" + "".join(f"{_cell(k[name]):>18}" for k in by_name)
 
 
 def _cell(kernel: Kernel) -> str:
