@@ -51,7 +51,7 @@ def models(folder: Path, copy: float, sizes: Sizes, clock: Clock) -> Iterator[di
             if "decode" in row:
                 row["gbytes"] = row["decode"] * per_token / 1e9
                 row["of_copy"] = row["gbytes"] / copy
-            row["kernels"] = attempt(lambda m=model: kernels(m, sizes))
+            row["kernels"] = attempt(lambda m=model: kernels(m))
             if name == "jangtq2":
                 row["long"] = attempt(lambda d=directory: long_context(d, sizes))
             yield row
@@ -90,30 +90,36 @@ def batched(model: Any, batch: int, tokens: int) -> float:
             min_new_tokens=count,
             do_sample=False,
         )
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - start)  # generate() has read its tokens
     return batch * tokens / (times[2] - times[1])
 
 
-def kernels(model: Any, sizes: Sizes) -> dict[str, Any]:
-    """Microseconds a decoded token spends in each kernel, and between them."""
+def kernels(model: Any, tokens: int = 64) -> dict[str, Any]:
+    """Microseconds a decoded token spends in each kernel, and between them: what more tokens take
+    behind the same prompt."""
+    torch_run.generate(model, ids(64), 2)
+    few, many = kernel_times(model, 1), kernel_times(model, 1 + tokens)
+    rows = [
+        {
+            "kernel": name[:120],
+            "us": (us - few.get(name, (0.0, 0))[0]) / tokens,
+            "launches": (count - few.get(name, (0.0, 0))[1]) / tokens,
+        }
+        for name, (us, count) in many.items()
+    ]
+    busy = sum(row["us"] for row in rows)
+    token = 1e6 / torch_run.generate(model, ids(64), 1 + tokens).decode_rate
+    rows.sort(key=lambda row: -row["us"])
+    return {"token_us": token, "busy_us": busy, "gap_us": token - busy, "rows": rows}
+
+
+def kernel_times(model: Any, tokens: int) -> dict[str, tuple[float, int]]:
+    """Kernel -> (microseconds, launches) of a prompt and tokens behind it."""
     from torch.profiler import ProfilerActivity, profile
 
-    torch_run.generate(model, ids(64), 4)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run = torch_run.generate(model, ids(64), 33)
-    rows = [(e.key, e.self_device_time_total / 33, e.count / 33) for e in found.key_averages()]
-    busy = sum(us for _, us, _ in rows)
-    token = 1e6 / run.decode_rate
-    return {
-        "token_us": token,
-        "busy_us": busy,
-        "gap_us": token - busy,
-        "rows": [
-            {"kernel": k[:120], "us": us, "launches": n}
-            for k, us, n in sorted(rows, key=lambda r: -r[1])
-        ],
-    }
+        torch_run.generate(model, ids(64), tokens)
+    return {e.key: (e.self_device_time_total, e.count) for e in found.key_averages()}
 
 
 def long_context(directory: Path, sizes: Sizes) -> dict[str, Any]:
