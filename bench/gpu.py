@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=standard.prompt, help="tokens")
     parser.add_argument("--context", type=int, default=standard.context, help="a long prompt")
     parser.add_argument("--tokens", type=int, default=standard.tokens, help="decoded")
+    parser.add_argument("--batches", type=int, nargs="*", default=standard.batches)
     parser.add_argument("--minutes", type=float, default=standard.minutes, help="for all of it")
     parser.add_argument("--built", type=float, default=0.0, help="seconds of them already spent")
     parser.add_argument("--tiny", action="store_true", help="only what sanitizers watch")
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = Sizes(
         pool=args.pool << 20, copy=min(standard.copy, 4 * args.pool << 20), shape=args.shape,
         prompt=args.prompt, context=args.context, tokens=args.tokens, minutes=args.minutes,
+        batches=tuple(args.batches),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         if args.tiny:

@@ -32,6 +32,11 @@ class Sizes:
     batches: tuple[int, ...] = (8, 32)
     minutes: float = 9.0
 
+    @property
+    def short(self) -> int:
+        """Tokens of a prompt that only begins a text."""
+        return min(self.prompt, 64)
+
 
 def models(folder: Path, copy: float, sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
     """Every format, one at a time; the first two are the ones with a target."""
@@ -51,7 +56,7 @@ def models(folder: Path, copy: float, sizes: Sizes, clock: Clock) -> Iterator[di
             if "decode" in row:
                 row["gbytes"] = row["decode"] * per_token / 1e9
                 row["of_copy"] = row["gbytes"] / copy
-            row["kernels"] = attempt(lambda m=model: kernels(m))
+            row["kernels"] = attempt(lambda m=model: kernels(m, sizes))
             if name == "jangtq2":
                 row["long"] = attempt(lambda d=directory: long_context(d, sizes))
             yield row
@@ -69,36 +74,36 @@ def ids(tokens: int, batch: int = 1) -> torch.Tensor:
 
 def speed(model: Any, sizes: Sizes) -> dict[str, Any]:
     """Tokens a second: a prompt, decoding alone and in batches."""
-    torch_run.generate(model, ids(16), 4)
-    run = torch_run.generate(model, ids(sizes.prompt), 8)
-    alone = torch_run.generate(model, ids(128), sizes.tokens)
+    torch_run.generate(model, ids(sizes.short), 2)
+    run = torch_run.generate(model, ids(sizes.prompt), 2)
+    alone = torch_run.generate(model, ids(sizes.short), sizes.tokens)
     row = {"prompt": run.prefill_rate, "decode": alone.decode_rate}
     for batch in sizes.batches:
-        row[f"batch_{batch}"] = batched(model, batch, sizes.tokens)
+        row[f"batch_{batch}"] = batched(model, batch, sizes)
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return row
 
 
-def batched(model: Any, batch: int, tokens: int) -> float:
+def batched(model: Any, batch: int, sizes: Sizes) -> float:
     """Tokens a second of all sequences together: long generations less short ones."""
     times = []
-    for count in (8, 8, 8 + tokens):  # the first captures
+    for count in (2, 2, 2 + sizes.tokens):  # the first captures
         start = time.perf_counter()
         model.generate(
-            ids(32, batch).to(model.device),
+            ids(sizes.short, batch).to(model.device),
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
         )
         times.append(time.perf_counter() - start)  # generate() has read its tokens
-    return batch * tokens / (times[2] - times[1])
+    return batch * sizes.tokens / (times[2] - times[1])
 
 
-def kernels(model: Any, tokens: int = 64) -> dict[str, Any]:
+def kernels(model: Any, sizes: Sizes) -> dict[str, Any]:
     """Microseconds a decoded token spends in each kernel, and between them: what more tokens take
     behind the same prompt."""
-    torch_run.generate(model, ids(64), 2)
-    few, many = kernel_times(model, 1), kernel_times(model, 1 + tokens)
+    tokens, prompt = sizes.tokens, ids(sizes.short)
+    few, many = kernel_times(model, prompt, 1), kernel_times(model, prompt, 1 + tokens)
     rows = [
         {
             "kernel": name[:120],
@@ -108,17 +113,17 @@ def kernels(model: Any, tokens: int = 64) -> dict[str, Any]:
         for name, (us, count) in many.items()
     ]
     busy = sum(row["us"] for row in rows)
-    token = 1e6 / torch_run.generate(model, ids(64), 1 + tokens).decode_rate
+    token = 1e6 / torch_run.generate(model, prompt, 1 + tokens).decode_rate
     rows.sort(key=lambda row: -row["us"])
     return {"token_us": token, "busy_us": busy, "gap_us": token - busy, "rows": rows}
 
 
-def kernel_times(model: Any, tokens: int) -> dict[str, tuple[float, int]]:
+def kernel_times(model: Any, prompt: torch.Tensor, tokens: int) -> dict[str, tuple[float, int]]:
     """Kernel -> (microseconds, launches) of a prompt and tokens behind it."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        torch_run.generate(model, ids(64), tokens)
+        torch_run.generate(model, prompt, tokens)
     return {e.key: (e.self_device_time_total, e.count) for e in found.key_averages()}
 
 
@@ -127,7 +132,7 @@ def long_context(directory: Path, sizes: Sizes) -> dict[str, Any]:
     rates = {}
     for kv in ("bf16", "hk4v3"):
         model, _ = hadamoe.load(directory, device=DEVICE, kv=kv)
-        rates[kv] = torch_run.generate(model, ids(sizes.context), 64).decode_rate
+        rates[kv] = torch_run.generate(model, ids(sizes.context), sizes.tokens).decode_rate
         del model
         gc.collect()
         torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
     monkeypatch.setitem(kernels.SHAPES, "head", (64, 256))
     monkeypatch.setattr(kernels, "PROMPT_TOKENS", (16,))
-    monkeypatch.setattr(models, "kernel_times", lambda model, tokens: {"k": (2.0 * tokens, tokens)})
+    monkeypatch.setattr(models, "kernel_times", lambda model, prompt, n: {"k": (2.0 * n, n)})
     monkeypatch.setattr(models, "DEVICE", "cuda")
     monkeypatch.setattr(script, "claims", lambda clock: {"summary": "simulated"})
     monkeypatch.setattr(script, "sanitize", lambda clock: {"left_out": "simulated"})
@@ -57,7 +57,7 @@ def test_the_report(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(synth, "FORMATS", {"jangtq2": synth.FORMATS["jangtq2"]})
     out = tmp_path / "report.json"
     arguments = ["--out", out, "--folder", tmp_path, "--shape", "tiny", "--minutes", 60]
-    arguments += ["--pool", 1, "--prompt", 9, "--context", 12, "--tokens", 2]
+    arguments += ["--pool", 1, "--prompt", 4, "--context", 5, "--tokens", 2, "--batches", 2]
     with cuda_graph.installed():
         gpu.main([str(a) for a in arguments])
     report = json.loads(out.read_text())
@@ -66,7 +66,7 @@ def test_the_report(gpu, monkeypatch, tmp_path):
         assert not [row for row in report[name] if "broke" in row], report[name]
     (model,) = report["models"]
     assert model["decode"] > 0
-    assert model["batch_8"] > 0
+    assert model["batch_2"] > 0
     assert set(model["long"]) == {"bf16", "hk4v3"}
     assert model["kernels"]["busy_us"] == 2.0
     table = out.with_suffix(".txt").read_text()

@@ -71,7 +71,8 @@ def test_a_build_may_bring_its_cuda_compiler(monkeypatch):
     monkeypatch.setenv("HM_CUDA", "pypi")
     pypi = read(ROOT / "pyproject.toml", state="wheel").settings
     assert pypi.cmake.define == {"HM_MLX": "ON", "HM_CUDA": "pypi"}
-    tested = re.findall(r"^nvidia-.+$", (ROOT / "constraints.txt").read_text(), re.M)
+    # all that are pinned but NVRTC, which only a test of MLX's texts needs
+    tested = re.findall(r"^nvidia-(?!cuda-nvrtc).+$", (ROOT / "constraints.txt").read_text(), re.M)
     assert sorted(set(pypi.build.requires) - set(lazy.build.requires)) == sorted(tested)
 
 
