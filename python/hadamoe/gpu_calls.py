@@ -204,7 +204,8 @@ def hadamard(front: Front, x: Any, *, block: int | None, pre: Any, post: Any) ->
     counts = {}
     for name, signs in (("pre", pre), ("post", post)):
         if signs is not None and len(signs) % 8:  # kernels read whole pieces of them
-            signs = np.tile(np.array(signs), wide // len(signs))
+            known = signs if isinstance(signs, np.ndarray) else np.array(signs.tolist(), np.float32)
+            signs = np.tile(known, wide // len(signs))
         counts[name] = 0 if signs is None else len(signs)
         arrays[name] = front.array(signs) if isinstance(signs, np.ndarray) else signs
     rows = arrays["x"].shape[0]
