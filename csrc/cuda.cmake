@@ -40,8 +40,19 @@ if(NOT hm_architectures OR hm_architectures STREQUAL "native")
     string(REPLACE "90-real" "90a-real" CMAKE_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES_NATIVE}")
   endif()
 endif()
+# nvcc 13 compiles for compute_100 and later with another front end, whose code spills where compute_90's does not.
+set(hm_newer "")
+foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
+  if(architecture MATCHES "^(1[0-9][0-9])(-real)?$")
+    list(APPEND hm_newer "SHELL:--generate-code=arch=compute_90,code=sm_${CMAKE_MATCH_1}")
+  endif()
+endforeach()
 message(STATUS "_cuda: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 string(REPLACE ";" ", " hm_architectures "${CMAKE_CUDA_ARCHITECTURES}")
+list(FILTER CMAKE_CUDA_ARCHITECTURES EXCLUDE REGEX "^1[0-9][0-9](-real)?$")
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+endif()
 
 file(GLOB hm_cuda_files CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cuda/*.cu")
 set(hm_tables "")
@@ -56,7 +67,7 @@ file(CONFIGURE OUTPUT cuda/cuda_files.h @ONLY CONTENT
 add_library(hm_cuda OBJECT ${hm_cuda_files})
 set_target_properties(hm_cuda PROPERTIES CUDA_STANDARD 17 CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden
                       POSITION_INDEPENDENT_CODE ON)
-target_compile_options(hm_cuda PRIVATE -O3 -Xfatbin -compress-all
+target_compile_options(hm_cuda PRIVATE ${hm_newer} -O3 -Xfatbin -compress-all
                        "$<IF:$<BOOL:${HM_WERROR}>,-Werror=all-warnings,SHELL:-Xptxas -warn-spills>")
 nanobind_add_module(_cuda NB_STATIC STABLE_ABI csrc/bind/cuda.cpp csrc/bind/cuda_device.cpp $<TARGET_OBJECTS:hm_cuda>)
 find_library(hm_cudart cudart_static REQUIRED
