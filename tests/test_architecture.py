@@ -36,7 +36,15 @@ LAYERS = [
     {"formats"},
     {"_cpu", "_cuda", "_mlx_built", "reference"},
     {"packed", "resident", "machine", "kv", "gpu_plan"},
-    {"roles", "torch_cache", "reference_kv_peers", "gpu_weight", "metal_plan", "cuda_plan"},
+    {
+        "roles",
+        "torch_cache",
+        "reference_kv_peers",
+        "gpu_weight",
+        "metal_plan",
+        "cuda_plan",
+        "gpu_kv",
+    },
     {"cuda_tiles"},
     {"metal_products", "cuda_products"},
     {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-
+from . import gpu_kv
 from .cuda_plan import NUMBERS, Launch
 from .errors import UnsupportedError
+from .gpu_kv import noise, our_bits, rotated, worth
 from .gpu_plan import Output
-from .kv import CODECS, PAGE, PRESETS, KVFormat, page_bytes
+from .kv import CODECS, PAGE, PRESETS, page_bytes
 
 #: Columns of a head that kernels are compiled for.
 HEAD_DIMS = (64, 128, 256)
@@ -20,30 +18,12 @@ ANY = 99
 COMPILED = [PRESETS[name] for name in ("bf16", "hk8v8", "hk8v4", "hk4v4", "hk4v3", "hk4v2")]
 #: Tokens that the raw rows of a sequence hold: page 0, the newest page and the one before it.
 RAW = 3 * PAGE
-_ROTATED = ("h", "t")  # first letters of codecs that turn rows
-#: Bits of our codecs -> levels per deviation, and the share of a row's square that codes lose.
-_KAPPA = {2: np.float32(59.59375), 3: np.float32(40.90625), 4: np.float32(38.140625)}
-_ERRORS = {2: 0.117482, 3: 0.034549, 4: 0.009506}
-
-
-def rotated(codec: str) -> bool:
-    """Whether pages of a codec hold rows through signs and a Hadamard transform."""
-    return codec[0] in _ROTATED
-
-
-def _our_bits(codec: str) -> int:
-    """Bits of a code of ours, else 0."""
-    return int(codec[1:]) if codec[0] == "h" else 0
 
 
 def _columns(d: int) -> int:
     if d not in HEAD_DIMS:
         raise UnsupportedError(f"kv: head_dim is {d}, on CUDA {', '.join(map(str, HEAD_DIMS))}")
     return d
-
-
-def _root(d: int) -> float:
-    return float(np.float32(1 / np.sqrt(d)))
 
 
 def encode(
@@ -99,26 +79,8 @@ def decode(
     )
 
 
-class Heads(NamedTuple):
-    """The heads of attention and how their cache stores them.
-
-    Attributes:
-        batch, query, kv, d: sequences, query heads, key heads, columns of a head.
-        format: codecs of keys and values, or None for a cache without codes.
-        scales: of fp8 keys and values.
-    """
-
-    batch: int
-    query: int
-    kv: int
-    d: int
-    format: KVFormat | None = None
-    scales: tuple[float, float] = (1.0, 1.0)
-
-    @property
-    def query_dtype(self) -> str:
-        """Of queries as scores of coded pages take them."""
-        return "int8" if self.format and _our_bits(self.format.key) else "float32"
+class Heads(gpu_kv.Heads):
+    """`gpu_kv.Heads`, and what CUDA's launches are told of them."""
 
     @property
     def sides(self) -> dict[str, int | float]:
@@ -193,13 +155,6 @@ def scores(rows: int, pages: int, codec: str, d: int, dtype: str = "float32") ->
     )
 
 
-def _worth(codec: str, d: int, scale: float) -> float:
-    """What a level is worth of a row's scale, or fp8's scale."""
-    bits = _our_bits(codec)
-    unit = np.float32(1 / np.sqrt(d)) / _KAPPA[bits] if bits in _KAPPA else 1.0
-    return float(scale if codec == "fp8" else unit)
-
-
 def prepare(
     heads: Heads,
     tokens: int,
@@ -235,8 +190,8 @@ def prepare(
     inputs |= {"freqs": rot > 0, "signs": turned, "offsets": True}
     sizes = {"batch": b, "tokens": tokens, "heads": h, "groups": g, "rot": rot}
     sizes |= {"eps": float(eps or 0.0), "stretch": float(stretch), "placed": int(placed)}
-    sizes |= {"coded": 0 if not coded else 2 if _our_bits(form.key) else 1}
-    sizes |= {"worth": _worth(form.key, d, scales[0]) if coded else 0.0}
+    sizes |= {"coded": 0 if not coded else 2 if our_bits(form.key) else 1}
+    sizes |= {"worth": worth(form.key, d, scales[0]) if coded else 0.0}
     outputs = [
         Output("q", (b, h, tokens, d), q_dtype),
         kv,
@@ -298,7 +253,7 @@ def runs(
         *(_NO_PAGES if fixed else heads.pages(places if table else (b, m))),
     )
     sizes = {"groups": g, "heads": group, "m": m, "skip": skip, "more": more}
-    sizes |= heads.sides | {"worth": _worth(form.value, d, heads.scales[1])}
+    sizes |= heads.sides | {"worth": worth(form.value, d, heads.scales[1])}
     codecs = ANY, ANY
     if d == 256 and form in COMPILED and dtype != "float32":
         codecs = CODECS[form.key], CODECS[form.value]
@@ -324,10 +279,12 @@ def join(
     codec; gate, if `gate`, the columns of a projection of gate_dtype, of which gates are a part.
     """
     b, h, g, d, form, _ = heads
-    bits = _our_bits(form.value)
-    noise = float(_ERRORS[bits] * (1 - _ERRORS[bits])) if bits in _ERRORS else 0.0
     sizes = {"groups": g, "heads": h // g, "slots": parts, "more": more, "width": gate}
-    sizes |= {"noise": noise, "gate_dtype": NUMBERS[gate_dtype], "dtype": NUMBERS[dtype]}
+    sizes |= {
+        "noise": noise(form.value),
+        "gate_dtype": NUMBERS[gate_dtype],
+        "dtype": NUMBERS[dtype],
+    }
     return Launch(
         "kv_join",
         "kv_join",

@@ -6,7 +6,7 @@ from . import cuda_tiles
 from .cuda_plan import NUMBERS, Launch
 from .errors import UnsupportedError
 from .gpu_plan import Output, Step
-from .gpu_weight import ROTATED, GpuWeight
+from .gpu_weight import ROTATED, GpuWeight, bits_of, table_of
 from .packed import rotated_columns
 
 #: Numbers of a row that one block rotates, at most.
@@ -131,10 +131,12 @@ def shared_bytes(together: int, columns: int, turned: int = 0) -> int:
 
 def rows_at_once(kind: int, columns: int) -> int:
     """Rows of a part that a block's warps work on together: cuda/rows.cuh."""
-    table, bits = kind >> 16 & 255, kind >> 8 & 255
-    if table == 5:  # plain: a row a warp
+    table = table_of(kind)
+    if table == "plain":  # a row a warp
         return 8
-    wide = table == 4 and bits == 2 and (kind >> 25) % 4 == 0  # `wide_of` in cuda/codes.cuh
+    wide = (
+        table == "codebook" and bits_of(kind) == 2 and (kind >> 25) % 4 == 0
+    )  # `wide_of` in cuda/codes.cuh
     steps = -(-columns // (256 if wide else 128))
     return 16 * 8 // next(n for n in (8, 4, 2, 1) if steps >= n)
 
@@ -147,11 +149,6 @@ def block_rows(w: GpuWeight, groups: int) -> int:
     while sum(-(-int(n) // height) for n in w.parts[0, :, 0]) > most:
         height += unit
     return height
-
-
-def _pieces(w: GpuWeight, height: int) -> int:
-    """Blocks for the rows of any expert."""
-    return max(sum(-(-int(n) // height) for n in expert[:, 0]) for expert in w.parts)
 
 
 def _together(tokens: int, columns: int, turned: int) -> int:
@@ -189,7 +186,7 @@ def qmatvec(
     if shared > MEMORY:
         raise UnsupportedError(f"qmatvec: {w.columns} columns need {shared} bytes, has {MEMORY}")
     r = w.rotation
-    signs = [0 if s is None or not rotate else len(s) for s in ((r and r.pre), (r and r.post))]
+    signs = [*r.sign_counts.values()] if r and rotate else [0, 0]
     groups = -(-tokens // together) * max(slots, 1)
     height = block_rows(w, groups)
     return Launch(
@@ -222,7 +219,7 @@ def qmatvec(
             "eps": float(norm or 0.0),
             "dtype": NUMBERS[dtype],
         },
-        (groups, _pieces(w, height), 1),
+        (groups, w.blocks(height), 1),
         THREADS,
         shared,
         w.kinds,
@@ -277,9 +274,8 @@ def product(
         if not all(kind & ROTATED for kind in w.kinds):
             raise UnsupportedError(f"qmatvec: {w.columns} columns, some parts rotated, others not")
         r = w.rotation
-        signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
         shape = (tokens, w.in_features, dtype)
-        steps = hadamard(*shape, block=r.block, norm=norm, to="x", **signs)
+        steps = hadamard(*shape, block=r.block, norm=norm, to="x", **r.sign_counts)
         norm, rotate = None, False
     options = {"slots": slots, "norm": norm, "rotate": rotate, "residual": residual}
     return [*steps, Step(qmatvec(tokens, w, dtype, **options), "y")]
@@ -303,9 +299,8 @@ def _prompt(
         steps = hadamard(*shape, block=1, pre=0, post=0, norm=norm, x_dtype=dtype, to="x")
         norm, x_dtype = None, "float32"
     if rotate:
-        signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
         to, shape = "x" if all(turned) else "rotated", (tokens, w.in_features, "float32")
-        steps += hadamard(*shape, block=r.block, norm=norm, x_dtype=x_dtype, to=to, **signs)
+        steps += hadamard(*shape, block=r.block, norm=norm, x_dtype=x_dtype, to=to, **r.sign_counts)
         x_dtype = "float32" if all(turned) else x_dtype
     options = {"slots": slots, "x_dtype": x_dtype, "residual": residual}
     return steps + cuda_tiles.qmatmul(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .cuda_plan import NUMBERS, Launch
 from .errors import UnsupportedError
 from .gpu_plan import Output, Step
-from .gpu_weight import ROTATED, GpuWeight
+from .gpu_weight import ROTATED, GpuWeight, bits_of, scale_of, table_of
 
 #: Pairs of an expert, or tokens, up to which x has three bytes: one or two tiles of 32, bound by
 #: what they read of the weight. More have two, as fast as bf16, off by 2^-15 of the largest of 128
@@ -25,17 +25,16 @@ _HEAD = 2048
 #: Blocks that keep the largest GPU busy; with fewer, blocks of fewer rows are better.
 _BUSY = 132
 _NATURAL, _PAIRS, _, _GGUF, _HALVES, _BFLOATS = range(6)
-_LINEAR, _SIGNED, _E2M1, _E2M1_GGUF, _CODEBOOK, _PLAIN = range(6)
 
 
 def form_of(kind: int) -> int:
     """How records lie for parts of a kind: ``Order`` in cuda/codes.cuh and two more."""
-    table, bits, scale = kind >> 16 & 255, kind >> 8 & 255, kind & 255
-    if table == _PLAIN:
-        return _HALVES if scale == NUMBERS["float16"] else _BFLOATS
-    if table == _E2M1_GGUF:
+    table, bits = table_of(kind), bits_of(kind)
+    if table == "plain":
+        return _HALVES if scale_of(kind) == "f16" else _BFLOATS
+    if table == "e2m1_gguf":
         return _GGUF
-    in_pairs = bits == 2 or (table in (_LINEAR, _SIGNED) and bits == 4)
+    in_pairs = bits == 2 or (table in ("linear", "linear_signed") and bits == 4)
     return _PAIRS if in_pairs else _NATURAL
 
 
@@ -56,7 +55,7 @@ class _Shape(NamedTuple):
 
 def _shape(tokens: int, w: GpuWeight, slots: int, rotated: bool) -> _Shape:
     # 128 rows of 32 bits leave no room for 64 tokens
-    full = any(kind >> 16 & 255 == _PLAIN and kind >> 8 & 255 == 32 for kind in w.kinds)
+    full = any(table_of(kind) == "plain" and bits_of(kind) == 32 for kind in w.kinds)
     few = full or tokens * max(slots, 1) <= FEW * w.experts
     variants = sorted({(form_of(kind), rotated and bool(kind & ROTATED)) for kind in w.kinds})
     if len(variants) > 7:
@@ -67,14 +66,10 @@ def _shape(tokens: int, w: GpuWeight, slots: int, rotated: bool) -> _Shape:
 
 def _stage(shape: _Shape, kind: int, height: int) -> int:
     """Bytes of 128 columns of a tile's tokens and rows."""
-    bits = kind >> 8 & 255
-    pieces = bits // 2 if kind >> 16 & 255 == _PLAIN else bits
+    bits = bits_of(kind)
+    pieces = bits // 2 if table_of(kind) == "plain" else bits
     size = shape.tile * (128 * shape.planes + 20) + height * (pieces | 1) * 16
     return -(-size // 1024) * 1024
-
-
-def _blocks(w: GpuWeight, height: int) -> int:
-    return max(sum(-(-int(n) // height) for n in expert[:, 0]) for expert in w.parts)
 
 
 def most_tiles(pairs: int, experts: int, tile: int) -> int:
@@ -139,9 +134,9 @@ def product_launch(
     tiles = most_tiles(pairs, w.experts, shape.tile) if slots else -(-pairs // shape.tile)
     for height in (256, 128):  # one or two warpgroups
         shared = _HEAD + 2 * max(_stage(shape, kind, height) for kind in w.kinds)
-        if shared <= SHARED and _blocks(w, height) * tiles >= _BUSY:
+        if shared <= SHARED and w.blocks(height) * tiles >= _BUSY:
             break
-    plain = [kind for kind in w.kinds if kind >> 16 & 255 == _PLAIN]
+    plain = [kind for kind in w.kinds if table_of(kind) == "plain"]
     same = {"float16": _HALVES, "bfloat16": _BFLOATS}.get(x_dtype)
     whole = all(form_of(k) == same and not (rotated and k & ROTATED) for k in plain)
     sizes = {
@@ -160,7 +155,7 @@ def product_launch(
     inputs = {"records": True, "words": True, "parts": True}
     inputs |= {"order": slots > 0, "tiles": slots > 0, "residual": residual}
     out = (tokens, slots, w.rows) if slots else (tokens, w.rows)
-    grid = (_blocks(w, height), tiles, 1)
+    grid = (w.blocks(height), tiles, 1)
     constants = (shape.planes, shape.tile)
     outputs = (Output("y", out, dtype),)
     return Launch("qmatmul", "qmatmul", constants, inputs, outputs, sizes, grid, height, shared)

@@ -26,6 +26,21 @@ _SCALES = ("f32", "f16", "bf16", "e8m0")
 _SCALE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
 
 
+def table_of(kind: int) -> str:
+    """The table of a part's kind."""
+    return _TABLES[kind >> 16 & 255]
+
+
+def bits_of(kind: int) -> int:
+    """Bits of a code of a part's kind."""
+    return kind >> 8 & 255
+
+
+def scale_of(kind: int) -> str:
+    """How scales, or plain numbers, of a part's kind are stored."""
+    return _SCALES[kind & 255]
+
+
 class Words:
     """Codes, scales, biases and codebooks, each once and at a multiple of 16 bytes, as u32 ``[n]``.
 
@@ -96,6 +111,10 @@ class GpuWeight:
     @property
     def experts(self) -> int:
         return self.parts.shape[0]
+
+    def blocks(self, height: int) -> int:
+        """Blocks of ``height`` rows of one part each, enough for any expert."""
+        return max(sum(-(-int(n) // height) for n in expert[:, 0]) for expert in self.parts)
 
 
 def gpu_weight(*weights: PackedWeight) -> GpuWeight:

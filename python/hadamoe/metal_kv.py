@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from .gpu_kv import Heads, noise, our_bits, rotated, worth
 from .gpu_plan import Output
 from .kv import CODECS, PAGE, KVFormat, page_bytes
 from .metal_plan import THREADS, Launch, float_bits
-
-_ROTATED = ("h", "t")  # first letters of codecs that turn rows
-#: Bits of our codecs -> levels per deviation, and the share of a row's square that codes lose.
-_KAPPA = {2: np.float32(59.59375), 3: np.float32(40.90625), 4: np.float32(38.140625)}
-_ERRORS = {2: 0.117482, 3: 0.034549, 4: 0.009506}
-
-
-def rotated(codec: str) -> bool:
-    """Whether pages of a codec hold rows through signs and a Hadamard transform."""
-    return codec[0] in _ROTATED
-
-
-def _our_bits(codec: str) -> int:
-    """Bits of a code of ours, else 0."""
-    return int(codec[1:]) if codec[0] == "h" else 0
 
 
 def code_bytes(codec: str, d: int) -> int:
@@ -44,7 +28,7 @@ def encode(
     Arrays: rows; signs f32 ``[d]`` of codecs that rotate; book f32 ``[16]``: a turbo codec's.
     """
     kivi_keys = codec.startswith("kivi") and side == "key"
-    tokens = 32 if kivi_keys or codec == "h3" else 32 // _our_bits(codec) if _our_bits(codec) else 4
+    tokens = 32 if kivi_keys or codec == "h3" else 32 // our_bits(codec) if our_bits(codec) else 4
     sizes = {"CODEC": CODECS[codec], "VALUES": int(side == "value"), "PAGES": pages, "D": d}
     sizes["THREADS"] = threads = min(THREADS, 32 * pages * PAGE // tokens)
     inputs: dict[str, str | None] = {"rows": None}
@@ -53,7 +37,7 @@ def encode(
         sizes["ROOT"] = _root(d)
     else:
         sizes["SCALE"] = float_bits(scale)
-    kernel = "kv_encode" if _our_bits(codec) else "kv_encode_linear"
+    kernel = "kv_encode" if our_bits(codec) else "kv_encode_linear"
     if codec.startswith("turbo"):
         kernel = "kv_encode_turbo"
         inputs["book"] = None
@@ -102,7 +86,7 @@ def decode(
 
 def scores(rows: int, pages: int, codec: str, d: int) -> Launch:
     """`kv_ops.kv_scores` of q ``[rows, d]`` and u8 ``[pages, bytes]``."""
-    constants = {"BITS": _our_bits(codec), "D": d, "ROWS": rows, "PAGES": pages, "ROOT": _root(d)}
+    constants = {"BITS": our_bits(codec), "D": d, "ROWS": rows, "PAGES": pages, "ROOT": _root(d)}
     outputs = (
         Output("q8", (rows, d), "int8"),
         Output("unit", (rows,), "float32"),
@@ -113,35 +97,6 @@ def scores(rows: int, pages: int, codec: str, d: int) -> Launch:
     return Launch(
         "kv_scores", "kv_scores", constants, inputs, outputs, groups, THREADS, (("float4", 2 * d),)
     )
-
-
-class Heads(NamedTuple):
-    """The heads of attention and how their cache stores them.
-
-    Attributes:
-        batch, query, kv, d: sequences, query heads, key heads, columns of a head.
-        format: codecs of keys and values, or None for a cache without codes.
-        scales: of fp8 keys and values.
-    """
-
-    batch: int
-    query: int
-    kv: int
-    d: int
-    format: KVFormat | None = None
-    scales: tuple[float, float] = (1.0, 1.0)
-
-    @property
-    def query_dtype(self) -> str:
-        """Of queries as scores of coded pages take them."""
-        return "int8" if _our_bits(self.format.key) else "float32"
-
-
-def _worth(codec: str, d: int, scale: float) -> int:
-    """What a level is worth of a row's scale, or fp8's scale, a float's bits."""
-    bits = _our_bits(codec)
-    unit = np.float32(1 / np.sqrt(d)) / _KAPPA[bits] if bits in _KAPPA else 1.0
-    return float_bits(scale if codec == "fp8" else float(unit))
 
 
 def prepare(
@@ -175,9 +130,9 @@ def prepare(
         "ROT": rot,
         "EPS": float_bits(eps or 0.0),
         "STRETCH": float_bits(stretch),
-        "CODED": int(coded and bool(_our_bits(form.key))),
+        "CODED": int(coded and bool(our_bits(form.key))),
         "TURNED": int(turned),
-        "WORTH": _worth(form.key, d, heads.scales[0]) if coded else 0,
+        "WORTH": float_bits(worth(form.key, d, heads.scales[0])) if coded else 0,
         "ROOT": _root(d),
         "SIMDS": simds,
     }
@@ -239,7 +194,7 @@ def runs(heads: Heads, count: int, skip: int, table: bool = False) -> Launch:
         "SKIP": skip,
         "KEY_WORDS": page_bytes(form.key, d) // 4,
         "VALUE_WORDS": page_bytes(form.value, d) // 4,
-        "WORTH": _worth(form.value, d, heads.scales[1]),
+        "WORTH": float_bits(worth(form.value, d, heads.scales[1])),
         "EACH": 2 if form.value.startswith("affine") else -(-d // THREADS),
     }
     turbo = any(codec.startswith("turbo") for codec in form)
@@ -262,14 +217,14 @@ def join(heads: Heads, coded: bool, gate: int, dtype: str) -> Launch:
     any (`coded`); signs of the values' codec; gate, if `gate`, the columns of a projection.
     """
     b, h, g, d, form, _ = heads
-    turned, bits = rotated(form.value), _our_bits(form.value)
+    turned = rotated(form.value)
     constants = {
         "B": b,
         "KV": g,
         "HEADS": h // g,
         "D": d,
         "ROOT": _root(d),
-        "NOISE": float_bits(_ERRORS[bits] * (1 - _ERRORS[bits])) if bits in _ERRORS else 0,
+        "NOISE": float_bits(noise(form.value)),
         "TURNED": int(turned),
         "WIDTH": gate,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .errors import UnsupportedError
 from .gpu_plan import Output, Step
-from .gpu_weight import ROTATED, GpuWeight
+from .gpu_weight import ROTATED, GpuWeight, bits_of, table_of
 from .metal_plan import THREADS, Launch, float_bits, null
 from .packed import rotated_columns
 
@@ -20,17 +20,24 @@ _GROUPS = 256
 
 
 #: The file of every table.
-_FILES = {0: "linear", 1: "linear", 2: "e2m1", 3: "e2m1", 4: "codebook", 5: "plain"}
+_FILES = {
+    "linear": "linear",
+    "linear_signed": "linear",
+    "e2m1": "e2m1",
+    "e2m1_gguf": "e2m1",
+    "codebook": "codebook",
+    "plain": "plain",
+}
 
 
 def table_files(kinds: tuple[int, ...]) -> list[str]:
     """Stems of the files a kernel needs for parts of these kinds."""
-    return list(dict.fromkeys(_FILES[kind >> 16 & 255] for kind in kinds))
+    return list(dict.fromkeys(_FILES[table_of(kind)] for kind in kinds))
 
 
 def lanes(columns: int, kind: int) -> int:
     """Lanes that share a row of a part: `lanes_of` in metal/rows.metal."""
-    bits = kind >> 8 & 255
+    bits = bits_of(kind)
     piece = 64 if bits == 2 else 32 if bits < 8 else 16 if bits == 8 else 8
     n = 1
     while n < 32 and n * piece < columns:
@@ -156,7 +163,7 @@ def qmatvec(
     columns = w.in_features if rotate else w.columns
     rows = 4 if together <= 4 else 2
     height = rows * 32 // min(lanes(min(columns, w.columns), kind) for kind in w.kinds)
-    blocks = max(sum(-(-int(n) // height) for n in expert[:, 0]) for expert in w.parts)
+    blocks = w.blocks(height)
     # without a rotation nothing is shared, and small groups are placed best
     threads = min(THREADS if rotate else 64, 32 * blocks)
     groups = -(-32 * blocks // threads)
@@ -179,7 +186,7 @@ def qmatvec(
     shared: tuple[tuple[str, int], ...] = ()
     if rotate:
         r = w.rotation
-        signs = [0 if s is None else len(s) for s in (r.pre, r.post)]
+        signs = [*r.sign_counts.values()]
         constants |= {"BLOCK": r.block or 0, "PRES": signs[0] or 1, "POSTS": signs[1] or 1}
         inputs |= {"pre": None if signs[0] else "float", "post": None if signs[1] else "float"}
         partial = together * threads // 32 if norm is not None else 0
@@ -243,7 +250,7 @@ def qmatmul(
         "residual": None if residual else null(dtype),
     }
     shape = (pairs // slots, slots, w.rows) if slots else (pairs, w.rows)
-    blocks = max(sum(-(-int(n) // 32) for n in expert[:, 0]) for expert in w.parts)
+    blocks = w.blocks(32)
     return Launch(
         "qmatmul",
         "+".join([*table_files(w.kinds), "qmatmul"]),
@@ -294,10 +301,9 @@ def product(
     apart = rotate and (tiles or (not inside and all(turned)))
     if apart:
         r = w.rotation
-        signs = {n: 0 if s is None else len(s) for n, s in (("pre", r.pre), ("post", r.post))}
         to = "rotated" if tiles and not all(turned) else "x"
         shape = (tokens, w.in_features, "float32")
-        steps += hadamard(*shape, block=r.block, norm=norm, to=to, **signs)
+        steps += hadamard(*shape, block=r.block, norm=norm, to=to, **r.sign_counts)
         norm = None
     options = {"slots": slots, "residual": residual}
     if tiles:

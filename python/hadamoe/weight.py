@@ -91,6 +91,11 @@ class Rotation:
             for a, b in ((self.pre, other.pre), (self.post, other.post))
         )
 
+    @property
+    def sign_counts(self) -> dict[str, int]:
+        """How many signs pre and post have, 0 for none."""
+        return {n: 0 if s is None else len(s) for n, s in (("pre", self.pre), ("post", self.post))}
+
     def __hash__(self) -> int:
         return hash((self.block, None if self.pre is None else self.pre.tobytes()))
 
