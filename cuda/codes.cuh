@@ -9,6 +9,7 @@
 //   c.value(f, stride)                 the number that sums f[p * stride] of the products of PLANES stand for
 //   c.unit, c.base                     number = unit * value(bytes - centre) + base; centre: `Form`
 #pragma once
+#include "fixed.cuh"
 #include "rotate.cuh"
 
 namespace hm {
@@ -228,21 +229,6 @@ struct Codes<CODEBOOK, BITS> {
   }
 };
 
-// Smallest e with largest * 2^(23 - e) <= 127 * (2^16 + 2^8 + 1), the largest number of three signed bytes. Every f32 is
-// a multiple of 2^-149: no e needs to be smaller.
-__device__ inline int fixed_exponent(uint largest) {
-  const int e = int(largest >> 23) - 126 + ((largest & 0x7fffffu) > 8322814u);
-  return e < -126 ? -126 : e;
-}
-// 2^e, e in -149 .. 127.
-__device__ inline float power_of_two(int e) {
-  return __uint_as_float(e < -126 ? 1u << (e + 149) : uint(e + 127) << 23);
-}
-// v * 2^(23 - e) as an integer, v = 2^16 h + 2^8 m + l.
-__device__ inline int fixed_point(float v, int e) {
-  const int up = 23 - e;
-  return __float2int_rn(up <= 127 ? v * power_of_two(up) : v * power_of_two(127) * power_of_two(up - 127));
-}
 // h, m and l of four integers, a word each.
 __device__ inline void three_bytes(const int* v, uint* words) {
   uint part[3][4];
@@ -254,28 +240,20 @@ __device__ inline void three_bytes(const int* v, uint* words) {
     words[p] = __byte_perm(__byte_perm(part[p][0], part[p][1], 0x0040), __byte_perm(part[p][2], part[p][3], 0x0040), 0x5410);
 }
 
-__device__ inline uint warp_largest(uint v) {
-  HM_UNROLL for (int d = 16; d > 0; d /= 2) {
-    const uint other = __shfl_xor_sync(FULL, v, d);
-    v = v > other ? v : other;
-  }
-  return v;
-}
-
 template <int BITS>
 __device__ void Codes<CODEBOOK, BITS>::open(const uint* words, const Part& part) {
   constexpr int size = 1 << BITS;
   const float* table = reinterpret_cast<const float*>(piece(words, part.table));
   const uint largest = warp_largest(__float_as_uint(table[lane_index() % size]) & 0x7fffffffu);
-  const int e = fixed_exponent(largest);
+  const int e = Fixed<3>::exponent(largest);
   EACH(i, size / 4) {
     int v[4];
     uint bytes[3];
-    EACH(j, 4) v[j] = fixed_point(table[4 * i + j], e);
+    EACH(j, 4) v[j] = Fixed<3>::of(table[4 * i + j], e);
     three_bytes(v, bytes);
     EACH(p, 3) entry[p][i] = bytes[p];
   }
-  unit = largest < 0x7f800000u ? power_of_two(e - 23) : __uint_as_float(0x7fc00000u);
+  unit = Fixed<3>::unit(largest, e);
 }
 
 }  // namespace hm

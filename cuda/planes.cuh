@@ -81,13 +81,13 @@ __device__ inline void make_planes(const Places& at, const Form& form, uint colu
     }
     largest = warp_largest(largest);
     const bool finite = largest < 0x7f800000u;
-    const int e = fixed_exponent(largest);
+    const int e = Fixed<3>::exponent(largest);
     int v[4];
     uint words[3];
-    EACH(j, 4) v[j] = finite ? fixed_point(x[j], e) : 0;
+    EACH(j, 4) v[j] = finite ? Fixed<3>::of(x[j], e) : 0;
     three_bytes(v, words);
     // one infinity makes all rows NaN
-    store_sums<T>(at, form, block, token, words, finite ? power_of_two(e - 23) : __uint_as_float(0x7fc00000u));
+    store_sums<T>(at, form, block, token, words, Fixed<3>::unit(largest, e));
     uint to = block, lane_of = lane / 8;
     if (form.wide == 64) {
       const uint chunk = block % 2 * 4 + lane / 8;

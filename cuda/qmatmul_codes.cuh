@@ -2,7 +2,6 @@
 // from shared memory in registers, 0.4 to 2.3 instructions a code.
 #pragma once
 #include "codes.cuh"
-#include "fixed.cuh"
 
 namespace hm {
 
@@ -131,8 +130,8 @@ __device__ inline void make_table(TileKind kind, const float* entries, unsigned 
   if (kind.book()) {
     const float entry = i < 1 << kind.bits() ? entries[i] : 0.0f;
     const float top = warp_max(fabsf(entry));
-    const int e = fixed_exponent(__float_as_uint(top), Is::MOST);
-    v = __float2int_rn(scaled(entry, Is::BITS - e));
+    const int e = Is::exponent(__float_as_uint(top));
+    v = Is::of(entry, e);
     unit = scaled(1.0f, e - Is::BITS + 8 * (PLANES - 1));
   } else if (kind.linear()) {
     v = (i - 2) * (64 << 8 * (PLANES - 1));

@@ -9,12 +9,10 @@ namespace hm {
 // Byte 16 c + 4 t + b of a plane is what lane t of four multiplies: a step of 32 columns, s = c / 2, has 8 for each lane.
 __host__ __device__ constexpr int record_bytes(int planes) { return 128 * planes + 32; }
 
-// Largest magnitude of the warp's numbers as bits; infinities and NaN compare above every number.
 __device__ inline uint largest_bits(const float* v) {
   uint top = 0;
   EACH(i, 4) top = max(top, __float_as_uint(v[i]) & 0x7fffffffu);
-  HM_UNROLL for (int d = 16; d > 0; d /= 2) top = max(top, __shfl_xor_sync(FULL, top, d));
-  return top;
+  return warp_largest(top);
 }
 
 // Tokens to records [variant][token][record]. A warp has 128 columns of one token, a lane four of them.
@@ -29,11 +27,11 @@ struct qmatmul_tokens {
     using Is = Fixed<PLANES>;
     const uint top = largest_bits(v), lane = lane_index();
     const bool finite = top < 0x7f800000u;
-    const int e = fixed_exponent(top, Is::MOST);
-    const float unit = finite ? scaled(1.0f, e - Is::BITS) : __uint_as_float(0x7fc00000u);
+    const int e = Is::exponent(top);
+    const float unit = Is::unit(top, e);
     int sum = 0;
     EACH(i, 4) {
-      const int n = finite ? __float2int_rn(scaled(v[i], Is::BITS - e)) : 0;
+      const int n = finite ? Is::of(v[i], e) : 0;
       line[4 * lane + i] = n;
       sum += n;
     }
