@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import recorded
 
 from hadamoe import ops
+
+pytest.register_assert_rewrite("attention_cases", "moe_claims")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     recorded.forget()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same for every test."""
+    return np.random.default_rng(7)
 
 
 @pytest.fixture(scope="session")

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import mlx.core as mx
 import moe_weights
 import numpy as np
 import pytest
+from moe_claims import (  # noqa: F401
+    distance,
+    test_a_shared_expert_of_another_width,
+    test_an_inner_state_that_is_padded,
+    test_equal_logits_take_the_lower_expert,
+    test_experts_of_many_kinds,
+    test_logits_that_are_no_numbers,
+    tokens,
+)
 from moe_weights import LAYERS
 from simt import metal
 
 from hadamoe import mlx_gpu_moe, ops, reference
 from hadamoe.verify import cases, claims
-from hadamoe.verify.samples import plain_part, random_weight
-from hadamoe.weight import Weight, fuse_rows, stack_experts
+from hadamoe.weight import Weight
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
-def tokens(rng, count: int, hidden: int = 256) -> np.ndarray:
-    return rng.standard_normal((count, hidden)).astype(np.float32)
 
 
 def run(x: np.ndarray, moe: dict[str, Weight], top_k: int, *, normalize=True, **options):
@@ -35,8 +32,9 @@ def run(x: np.ndarray, moe: dict[str, Weight], top_k: int, *, normalize=True, **
         return np.array(ops.moe_decode(mx.array(x), weights, top_k=top_k, normalize=normalize))
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
+@pytest.fixture
+def run_moe():
+    return run
 
 
 @pytest.fixture
@@ -85,79 +83,6 @@ def test_block(name, rng):
     assert distance(y, want) < 3e-6
     assert distance(y, want - x) > 1e-3
     assert len(log) == 3
-
-
-def test_experts_of_many_kinds(rng):
-    """Every expert has other instances than the one before, gate and up too, and one has three
-    parts, cut where a simdgroup's rows are not."""
-    kinds = [i for i in ops.instances() if i.table != "plain" and i.scale != "f32"]
-    hidden, inner = 128, 96
-
-    def part(i: int, rows: int, columns: int) -> Weight:
-        return random_weight(rng, kinds[i % len(kinds)], rows, columns, group=32, kind="gaussian")
-
-    def expert(e: int) -> Weight:
-        rows = (inner, inner) if e != 2 else (50, 7, 2 * inner - 57)
-        return fuse_rows([part(5 * e + i, n, hidden) for i, n in enumerate(rows)])
-
-    moe = moe_weights.moe(rng, "w4a16", hidden=hidden, inner=inner, experts=6)
-    moe["gate_up"] = stack_experts([expert(e) for e in range(6)])
-    moe["down"] = stack_experts([part(7 * e, hidden, inner) for e in range(6)])
-    x = tokens(rng, 2, hidden)
-    assert distance(run(x, moe, 6), reference.moe_decode(x, moe, top_k=6)[0]) < 3e-6
-
-
-@pytest.mark.parametrize("own", [64, 192])
-@pytest.mark.parametrize("name", ["mxfp4", "jangtq2"])
-def test_a_shared_expert_of_another_width(name, own, rng):
-    moe = moe_weights.moe(rng, name)
-    other = moe_weights.moe(rng, name, inner=own)
-    moe |= {role: other[role] for role in ("shared_gate_up", "shared_down")}
-    x = tokens(rng, 2)
-    assert distance(run(x, moe, 3), reference.moe_decode(x, moe, top_k=3)[0]) < 3e-6
-
-
-def test_an_inner_state_that_is_padded(rng):
-    """TQ's blocks of 128 over 96 columns, beside a shared expert that reads them as they are."""
-    moe = moe_weights.moe(rng, "tq-apex2", inner=96)
-    down = [moe_weights.matrix(rng, LAYERS["tq-apex2"].down, 256, 128) for _ in range(6)]
-    moe["down"] = replace(stack_experts(down), rotation=moe["gate_up"].rotation)
-    moe["shared_down"] = moe_weights.matrix(rng, LAYERS["w4a16"].down, 256, 96)
-    x = tokens(rng, 2)
-    assert distance(run(x, moe, 3), reference.moe_decode(x, moe, top_k=3)[0]) < 3e-6
-
-
-def routed_by(logits: np.ndarray, moe: dict[str, Weight]) -> dict[str, Weight]:
-    """The weights with a router whose logits are these for an x that begins with 1."""
-    w = np.zeros((len(logits), moe["router"].columns), np.float32)
-    w[:, 0] = logits
-    return moe | {"router": Weight(w.shape[1], ((plain_part(w),),))}
-
-
-@pytest.mark.parametrize("experts", [5, 40, 256])
-def test_equal_logits_take_the_lower_expert(experts, rng):
-    moe = moe_weights.moe(rng, "w4a16", hidden=64, inner=32, experts=experts, distinct=5)
-    logits = rng.integers(0, 2, experts).astype(np.float32)
-    x = tokens(rng, 1, 64)
-    x[:, 0] = 1
-    y = run(x, routed_by(logits, moe), 4)
-    want, chosen, _ = reference.moe_decode(x, routed_by(logits, moe), top_k=4)
-    assert distance(y, want) < 3e-6
-    another = logits.copy()
-    another[chosen[0, 3]] -= 1e-3  # a later one instead
-    assert distance(y, reference.moe_decode(x, routed_by(another, moe), top_k=4)[0]) > 1e-3
-
-
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
-def test_logits_that_are_no_numbers(bad, rng):
-    """A token routed by NaN is NaN, reads no memory it should not, and spoils no other."""
-    moe = moe_weights.moe(rng, "config-i")
-    x = tokens(rng, 3)
-    want = run(x, moe, 3)
-    x[1, 5] = bad
-    y = run(x, moe, 3)
-    assert np.isnan(y[1]).all()
-    np.testing.assert_array_equal(y[[0, 2]], want[[0, 2]])
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)

@@ -38,11 +38,6 @@ def one_row(rng, columns):
     return Weight(columns, ((Part(Instance("plain", 32, "f32"), 1, columns, row),),))
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
 def signs(rng, n):
     return rng.choice([-1.0, 1.0], n).astype(np.float32)
 
