@@ -102,9 +102,7 @@ def qmatmul(x: mx.array, w: Any, *, expert: mx.array | None) -> mx.array:
     return call("qmatmul", inputs, [rows, -1, rows], [y], gpu=gpu)[0]
 
 
-def qmatmul_top(
-    x: mx.array, norm: Any, signs: tuple, w: Any, top: int, block: int, eps: float
-) -> tuple[mx.array, mx.array]:
+def qmatmul_top(x: mx.array, norm: Any, w: Any, top: int, eps: float) -> tuple[mx.array, mx.array]:
     """`hadamoe.ops.qmatmul_top`."""
 
     def gpu() -> tuple[mx.array, mx.array]:
@@ -113,8 +111,9 @@ def qmatmul_top(
 
     rows = x.ndim - 1
     outputs = [Output(0, rows, (top,), t) for t in (mx.float32, mx.int32)]
-    inputs = [x, norm, *signs, w.parts, *w.buffers]
-    value, index = call("qmatmul_top", inputs, [rows], outputs, (), [block], [eps], gpu)
+    signs, tables, ints = w.arguments()
+    inputs = [x, norm, *signs, *tables, *w.buffers]
+    value, index = call("qmatmul_top", inputs, [rows], outputs, (), ints, [eps], gpu)
     return value, index
 
 
@@ -130,14 +129,14 @@ def moe_decode(x: mx.array, moe: Any, *, top_k: int, normalize: bool) -> mx.arra
 
 
 def moe_block(
-    x: mx.array, norm: Any, signs: list, tables: list, moe: Any, ints: list[int], eps: float
+    x: mx.array, norm: Any, moe: Any, *, top_k: int, normalize: bool, eps: float
 ) -> mx.array:
     """`hadamoe.ops.moe_block`."""
 
     def gpu() -> mx.array:
-        sizes = {"top_k": ints[0], "normalize": bool(ints[1]), "eps": eps}
         gamma = norm if isinstance(norm, mx.array) else mx.array(norm)
-        return mlx_gpu_moe.moe_block(x, gamma, moe, **sizes)
+        return mlx_gpu_moe.moe_block(x, gamma, moe, top_k=top_k, normalize=normalize, eps=eps)
 
+    signs, tables, ints = moe.arguments(top_k, normalize)
     rest = [norm, *signs, *tables, *moe.buffers]
     return _rowwise("moe_block", x, x.shape[-1], rest, ints, [eps], gpu)

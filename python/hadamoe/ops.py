@@ -141,7 +141,8 @@ def qmatmul(x: Any, weight: Weight | PackedWeight, *, expert: Any = None) -> Any
 
     Args:
         x: ``[..., k]``, f32, f16 or bf16; k is the weight's (padded) columns.
-        weight: a `Weight`, or `pack(weight)` where the same weight is used again.
+        weight: a `Weight`, or `pack(weight)` where the same weight is used again, as on a GPU, or
+            torch.compile traces the call.
         expert: integer ``[..., a]``: which experts each row of x goes through; None for one matrix.
 
     Returns:
@@ -177,14 +178,13 @@ def qmatmul_top(
         (values f32 ``[..., top]``, largest first, index i32 ``[..., top]``); equal values by index.
     """
     w = _packed("qmatmul_top", weight)
-    module, r = _framework("qmatmul_top", "x", x, w.in_features), w.rotation
-    signs, block = ((r.pre, r.post), r.block or 0) if r else ((None, None), -1)
-    if module:
-        return module.qmatmul_top(x, norm, signs, w, top, block, eps)
+    if module := _framework("qmatmul_top", "x", x, w.in_features):
+        return module.qmatmul_top(x, norm, w, top, eps)
+    signs, tables, ints = w.arguments()
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     values, index = (np.empty((len(flat), top), t) for t in (np.float32, np.int32))
     _cpu.call(
-        "qmatmul_top", [flat, norm, *signs, w.parts, *w.buffers], [values, index], [block], [eps]
+        "qmatmul_top", [flat, norm, *signs, *tables, *w.buffers], [values, index], ints, [eps]
     )
     shape = (*x.shape[:-1], top)
     return values.reshape(shape), index.reshape(shape)
@@ -334,10 +334,10 @@ def attention_block(
     Returns:
         f32 ``[b, t, hidden]``. Rotations are applied inside, once per token.
     """
-    signs, tables, ints = weights.arguments(past)
     if module := _framework("attention_block", "x", x, weights.hidden_size):
-        fixed = (norm, signs, (q_norm, k_norm), tables, weights.buffers)
-        return module.attention_block(x, (cos, sin, mask), *fixed, keys, values, ints, eps)
+        fixed = (cos, sin, mask), norm, weights, (q_norm, k_norm)
+        return module.attention_block(x, *fixed, keys, values, past, eps)
+    signs, tables, ints = weights.arguments(past)
     y = np.empty_like(x)
     inputs = [x, cos, sin, mask, norm, *signs, q_norm, k_norm, *tables, *weights.buffers]
     _cpu.call("attention_block", inputs, [y, keys, values], ints, [eps])
@@ -372,10 +372,10 @@ def gated_delta_block(
         f32 ``[b, t, hidden]``. Rotations are applied inside, once per token.
     """
     vectors, states = (conv_weight, a_log, dt_bias, gated_norm), (conv_state, state)
-    signs, tables, ints = weights.arguments(*heads, *head_dims)
+    sizes = *heads, *head_dims
     if module := _framework("gated_delta_block", "x", x, weights.hidden_size):
-        fixed = (norm, signs, vectors, tables, weights.buffers)
-        return module.gated_delta_block(x, mask, *fixed, *states, ints, eps)
+        return module.gated_delta_block(x, mask, norm, weights, vectors, states, sizes, eps)
+    signs, tables, ints = weights.arguments(*sizes)
     y = np.empty_like(x)
     inputs = [x, mask, norm, *signs, *vectors, *tables, *weights.buffers]
     _cpu.call("gated_delta_block", inputs, [y, *states], ints, [eps])
@@ -391,9 +391,9 @@ def moe_block(
         x: f32 ``[..., hidden]``, the residual stream.
         norm: f32 ``[hidden]``, used as it is (1 + w). The rest as in `moe_decode`.
     """
-    signs, tables, ints = moe.arguments(top_k, normalize)
     if module := _framework("moe_block", "x", x, moe.hidden_size):
-        return module.moe_block(x, norm, signs, tables, moe, ints, eps)
+        return module.moe_block(x, norm, moe, top_k=top_k, normalize=normalize, eps=eps)
+    signs, tables, ints = moe.arguments(top_k, normalize)
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y = np.empty_like(flat)
     _cpu.call("moe_block", [flat, norm, *signs, *tables, *moe.buffers], [y], ints, [eps])

@@ -66,6 +66,13 @@ class PackedWeight:
     rotation: Rotation | None
     in_features: int
 
+    def arguments(self) -> tuple[list[Any], list[Any], list[int]]:
+        """(signs, parts tables, integers) of native ops that rotate: block -1 is no rotation, 0
+        powers of two."""
+        r = self.rotation
+        signs, block = ([r.pre, r.post], r.block or 0) if r else ([None, None], -1)
+        return signs, [self.parts], [block]
+
 
 class _Buffers:
     """Finds or adds the buffer an array lives in."""

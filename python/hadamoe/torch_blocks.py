@@ -26,7 +26,7 @@ from .roles import AttentionWeights, DeltaWeights, MoeWeights
 from .torch_cache import claim
 from .torch_kv import KVChoice, PagedLayer, PagedStates, paged
 from .torch_layers import QLinear, Stored, f32
-from .torch_ops import operators
+from .torch_operators import operators
 from .weight import Weight
 
 Tensor = torch.Tensor

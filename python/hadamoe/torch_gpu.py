@@ -20,7 +20,7 @@ from .errors import ContractError
 from .gpu_calls import Front, Plans, Resident, dtype_name
 from .packed import PackedWeight, rotated_columns
 from .roles import MoeWeights
-from .torch_ops import library
+from .torch_operators import library
 from .weight import Rotation
 
 Tensor = torch.Tensor
@@ -47,8 +47,9 @@ def register(front: FrontOf, key: str) -> dict[str, Callable]:
     return made
 
 
-#: What was packed together, by its first table of parts, while some module holds that.
+#: What was packed, and what together, by its (first) table of parts, while somebody holds that.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_together: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def weight_of(
@@ -110,8 +111,8 @@ def _moe(
     buffers: Sequence[Tensor], blocks: Sequence[int], rotated: int,
 ) -> MoeWeights:  # fmt: skip
     """The weights of an operator's arguments, packed once."""
-    if tables[0] in _packed:
-        return _packed[tables[0]]
+    if tables[0] in _together:
+        return _together[tables[0]]
     numbers = [None if s is None else s.cpu().numpy() for s in signs]
     turns = [
         None if block < 0 else Rotation(block or None, *numbers[2 * i : 2 * i + 2])
@@ -128,8 +129,8 @@ def _moe(
         turn = turns[name in inner] if rotated >> i & 1 else None
         columns = width if turn is None else rotated_columns(width, turn.block)
         made[name] = weight_of(table, buffers, columns, turn, width)
-    _packed[tables[0]] = MoeWeights(**made)
-    return _packed[tables[0]]
+    _together[tables[0]] = MoeWeights(**made)
+    return _together[tables[0]]
 
 
 def moe_decode(front: FrontOf, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

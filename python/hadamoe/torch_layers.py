@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import _cpu, torch_cuda, torch_mps  # noqa: F401  these register their operators
+from . import _cpu
 from .packed import PackedWeight, pack
-from .torch_ops import as_tensor, operators
+from .torch_operators import operators
+from .torch_ops import as_tensor
 from .weight import Rotation, Weight, fuse_rows
 
 Tensor = torch.Tensor
@@ -112,10 +113,10 @@ class Head(QLinear):
 
     def __init__(self, weight: Weight, norm: np.ndarray, eps: float) -> None:
         super().__init__(weight, dtype=torch.float32)
-        packed, r = pack(weight), weight.rotation
-        signs, block = ((r.pre, r.post), r.block or 0) if r else ((None, None), -1)
-        inputs = [..., norm, *signs, packed.parts, *packed.buffers]
-        self.bound = _cpu.Bound("qmatmul_top", inputs, 2, [block], [eps])
+        packed = pack(weight)
+        signs, tables, ints = packed.arguments()
+        inputs = [..., norm, *signs, *tables, *packed.buffers]
+        self.bound = _cpu.Bound("qmatmul_top", inputs, 2, ints, [eps])
 
     def top(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` largest logits of f32 x [tokens, hidden] before the final norm: values f32

@@ -1,266 +1,59 @@
-"""The ops for torch tensors, and as PyTorch operators ``torch.ops.hadamoe.*`` for torch.compile.
+"""The ops for torch tensors, on the CPU and on a GPU: what `hadamoe.ops` calls, documented there.
 
-A stored matrix travels as a part table (int64 ``[experts, parts, 12]``, csrc/core/abi.h) and the u8
-buffers its offsets point into. Each operator allocates its result, hands the arrays to the native
-entry of the same name and returns; checks are the native contract's, so a bad call raises the
-`ContractError` numpy callers get. Inference only: no operator has a derivative.
+Each is one of ``torch.ops.hadamoe.*`` over tensors that a packed weight keeps, so torch.compile
+sees constants, and a GPU's copy of a weight is made once.
 """
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from . import _cpu
+from . import torch_cuda, torch_mps  # noqa: F401  these register their operators
 from .errors import ContractError
+from .packed import PackedWeight
+from .roles import AttentionWeights, DeltaWeights, MoeWeights, RoleWeights
+from .torch_operators import operators
 
 Tensor = torch.Tensor
 
-#: The operators; `hadamoe.torch_gpu` adds to them.
-library = torch.library.Library("hadamoe", "DEF")
-
-
-def _op(schema: str):
-    """Registers the decorated function as the CPU meaning of ``schema``."""
-
-    def register(fn):
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(schema.partition("(")[0], fn, "CPU")
-        return fn
-
-    return register
-
-
-def _fake(name: str):
-    """Registers the decorated function as the shapes and dtypes ``hadamoe::name`` returns."""
-    return torch.library.register_fake(f"hadamoe::{name}", lib=library)
-
-
-def _padded(columns: int, block: int) -> int:
-    return columns if block == 0 else (columns + block - 1) // block * block
-
-
-@_op("hadamard(Tensor x, Tensor? pre, Tensor? post, int block, ScalarType dtype) -> Tensor")
-def _hadamard(x, pre, post, block, dtype):
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], _padded(x.shape[-1], block)), dtype=dtype)
-    k, k2 = x.shape[-1], y.shape[-1]
-    _cpu.call("hadamard", [x.view(-1, k), pre, post], [y.view(-1, k2)], [block], [])
-    return y
-
-
-@_fake("hadamard")
-def _(x, pre, post, block, dtype):
-    return x.new_empty((*x.shape[:-1], _padded(x.shape[-1], block)), dtype=dtype)
-
-
-@_op(
-    "dequantize(Tensor parts, Tensor rows, Tensor[] buffers, int columns, ScalarType dtype)"
-    " -> Tensor"
+#: packed weights -> a device -> tensors of what they are made of
+_kept: WeakKeyDictionary[PackedWeight | RoleWeights, dict[torch.device, tuple]] = (
+    WeakKeyDictionary()
 )
-def _dequantize(parts, rows, buffers, columns, dtype):
-    rows = rows.contiguous()
-    y = rows.new_empty((*rows.shape, columns), dtype=dtype)
-    _cpu.call("dequantize", [parts, rows.view(-1), *buffers], [y.view(-1, columns)], [columns], [])
-    return y
-
-
-@_fake("dequantize")
-def _(parts, rows, buffers, columns, dtype):
-    return rows.new_empty((*rows.shape, columns), dtype=dtype)
-
-
-@_op(
-    "qmatmul(Tensor x, Tensor parts, Tensor? expert, Tensor[] buffers, SymInt rows, "
-    "ScalarType dtype) -> Tensor"
-)
-def _qmatmul(x, parts, expert, buffers, rows, dtype):
-    x = x.contiguous()
-    k = x.shape[-1]
-    if expert is None:
-        y = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
-        out = y.view(-1, rows)
-    else:
-        y = x.new_empty((*expert.shape, rows), dtype=dtype)
-        out = y.view(-1, expert.shape[-1], rows)
-        expert = expert.contiguous().view(-1, expert.shape[-1])
-    _cpu.call("qmatmul", [x.view(-1, k), parts, expert, *buffers], [out], [], [])
-    return y
-
-
-@_fake("qmatmul")
-def _(x, parts, expert, buffers, rows, dtype):
-    lead = x.shape[:-1] if expert is None else expert.shape
-    return x.new_empty((*lead, rows), dtype=dtype)
-
-
-@_op(
-    "moe_decode(Tensor x, Tensor? hidden_pre, Tensor? hidden_post, Tensor? inter_pre, "
-    "Tensor? inter_post, Tensor router, Tensor gate_up, Tensor down, Tensor shared_gate_up, "
-    "Tensor shared_down, Tensor shared_gate, Tensor[] buffers, int top_k, bool normalize, "
-    "int hidden_block, int inter_block, int rotated) -> (Tensor y, Tensor expert, Tensor weight)"
-)
-def _moe_decode(x, *args):
-    *arrays, buffers, top_k, normalize, hidden_block, inter_block, rotated = args
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    flat = x.view(-1, x.shape[-1])
-    expert = x.new_empty((flat.shape[0], top_k), dtype=torch.int32)
-    weight = x.new_empty((flat.shape[0], top_k), dtype=torch.float32)
-    _cpu.call(
-        "moe_decode",
-        [flat, *arrays, *buffers],
-        [y.view(flat.shape), expert, weight],
-        [top_k, int(normalize), hidden_block, inter_block, rotated],
-        [],
-    )
-    return y, expert, weight
-
-
-@_fake("moe_decode")
-def _(x, *args):
-    top_k, tokens = args[-5], x.numel() // x.shape[-1]
-    return (
-        x.new_empty(x.shape),
-        x.new_empty((tokens, top_k), dtype=torch.int32),
-        x.new_empty((tokens, top_k), dtype=torch.float32),
-    )
-
-
-@_op(
-    "gated_delta(Tensor proj, Tensor conv_weight, Tensor a_log, Tensor dt_bias, Tensor norm, "
-    "Tensor(a!) conv_state, Tensor(b!) state, int key_heads, int value_heads, int key_dim, "
-    "int value_dim, float eps, ScalarType dtype) -> Tensor"
-)
-def _gated_delta(
-    proj, conv_weight, a_log, dt_bias, norm, conv_state, state, hk, hv, dk, dv, eps, dtype
-):
-    proj = proj.contiguous()
-    y = proj.new_empty((proj.shape[0], proj.shape[1], hv * dv), dtype=dtype)
-    _cpu.call(
-        "gated_delta",
-        [proj, conv_weight, a_log, dt_bias, norm],
-        [y, conv_state, state],
-        [hk, hv, dk, dv],
-        [eps],
-    )
-    return y
-
-
-@_fake("gated_delta")
-def _(proj, conv_weight, a_log, dt_bias, norm, conv_state, state, hk, hv, dk, dv, eps, dtype):
-    return proj.new_empty((proj.shape[0], proj.shape[1], hv * dv), dtype=dtype)
-
-
-@_op(
-    "attention(Tensor proj, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin, Tensor? mask, "
-    "Tensor(a!) keys, Tensor(b!) values, SymInt heads, SymInt past, float eps, ScalarType dtype)"
-    " -> Tensor"
-)
-def _attention(proj, q_norm, k_norm, cos, sin, mask, keys, values, heads, past, eps, dtype):
-    y = proj.new_empty((*proj.shape[:2], heads * q_norm.shape[-1]), dtype=dtype)
-    arrays = [None if a is None else a.contiguous() for a in (proj, q_norm, k_norm, cos, sin, mask)]
-    _cpu.call("attention", arrays, [y, keys, values], [heads, past], [eps])
-    return y
-
-
-@_fake("attention")
-def _(proj, q_norm, k_norm, cos, sin, mask, keys, values, heads, past, eps, dtype):
-    return proj.new_empty((*proj.shape[:2], heads * q_norm.shape[-1]), dtype=dtype)
-
-
-@_op(
-    "attention_block(Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor norm, "
-    "Tensor? hidden_pre, Tensor? hidden_post, Tensor? inner_pre, Tensor? inner_post, "
-    "Tensor q_norm, Tensor k_norm, Tensor q, Tensor k, Tensor v, Tensor o, Tensor[] buffers, "
-    "Tensor(a!) keys, Tensor(b!) values, SymInt past, int hidden_block, int inner_block, "
-    "int rotated, float eps) -> Tensor"
-)
-def _attention_block(x, cos, sin, mask, *args):
-    *arrays, buffers, keys, values, past, hidden_block, inner_block, rotated, eps = args
-    x, cos, sin = (a.contiguous() for a in (x, cos, sin))
-    y = torch.empty_like(x)
-    inputs = [x, cos, sin, None if mask is None else mask.contiguous(), *arrays, *buffers]
-    ints = [past, hidden_block, inner_block, rotated]
-    _cpu.call("attention_block", inputs, [y, keys, values], ints, [eps])
-    return y
-
-
-@_op(
-    "gated_delta_block(Tensor x, Tensor? mask, Tensor norm, Tensor? hidden_pre, "
-    "Tensor? hidden_post, Tensor? inner_pre, Tensor? inner_post, Tensor conv_weight, Tensor a_log, "
-    "Tensor dt_bias, Tensor gated_norm, Tensor qkv, Tensor z, Tensor b, Tensor a, Tensor out, "
-    "Tensor[] buffers, Tensor(a!) conv_state, Tensor(b!) state, int key_heads, int value_heads, "
-    "int key_dim, int value_dim, int hidden_block, int inner_block, int rotated, float eps)"
-    " -> Tensor"
-)
-def _gated_delta_block(x, mask, *args):
-    (*arrays, buffers, conv_state, state), ints, eps = args[:-8], args[-8:-1], args[-1]
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    inputs = [x, None if mask is None else mask.contiguous(), *arrays, *buffers]
-    _cpu.call("gated_delta_block", inputs, [y, conv_state, state], list(ints), [eps])
-    return y
-
-
-@_op(
-    "moe_block(Tensor x, Tensor norm, Tensor? hidden_pre, Tensor? hidden_post, Tensor? inter_pre, "
-    "Tensor? inter_post, Tensor router, Tensor gate_up, Tensor down, Tensor shared_gate_up, "
-    "Tensor shared_down, Tensor shared_gate, Tensor[] buffers, int top_k, bool normalize, "
-    "int hidden_block, int inter_block, int rotated, float eps) -> Tensor"
-)
-def _moe_block(x, *args):
-    (*arrays, buffers), ints, eps = args[:-6], args[-6:-1], args[-1]
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    flat, out = x.view(-1, x.shape[-1]), y.view(-1, x.shape[-1])
-    _cpu.call("moe_block", [flat, *arrays, *buffers], [out], list(map(int, ints)), [eps])
-    return y
-
-
-@_op(
-    "qmatmul_top(Tensor x, Tensor? norm, Tensor? pre, Tensor? post, Tensor parts, "
-    "Tensor[] buffers, SymInt top, int block, float eps) -> (Tensor value, Tensor index)"
-)
-def _qmatmul_top(x, norm, pre, post, parts, buffers, top, block, eps):
-    flat = x.contiguous().view(-1, x.shape[-1])
-    value = x.new_empty((*x.shape[:-1], top), dtype=torch.float32)
-    index = torch.empty_like(value, dtype=torch.int32)
-    outputs = [value.view(-1, top), index.view(-1, top)]
-    _cpu.call("qmatmul_top", [flat, norm, pre, post, parts, *buffers], outputs, [block], [eps])
-    return value, index
-
-
-@_fake("qmatmul_top")
-def _(x, norm, pre, post, parts, buffers, top, block, eps):
-    value = x.new_empty((*x.shape[:-1], top), dtype=torch.float32)
-    return value, torch.empty_like(value, dtype=torch.int32)
-
-
-for _name in ("attention_block", "gated_delta_block", "moe_block"):
-    _fake(_name)(lambda x, *args: x.new_empty(x.shape))
-
-operators = torch.ops.hadamoe
 
 
 def as_tensor(array: Any) -> Tensor:
     """A tensor over a numpy array's own memory, read-only maps included: no op writes a weight."""
     if isinstance(array, Tensor):
         return array
+    if torch.compiler.is_compiling():
+        return torch.from_numpy(array)  # Dynamo cannot trace the rest
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
-def _signs(v: Any) -> Tensor | None:
-    return None if v is None else as_tensor(v)
+def _beside(x: Tensor, v: Any) -> Tensor | None:
+    """A vector on the device of x."""
+    return None if v is None else as_tensor(v).to(x.device)
 
 
-def _stored(weight: Any) -> tuple[Tensor, list[Tensor]]:
-    return as_tensor(weight.parts), [as_tensor(b) for b in weight.buffers]
+@torch.compiler.assume_constant_result
+def _constants(weights: PackedWeight | RoleWeights, device: torch.device) -> tuple:
+    """(signs, part tables, buffers, integers) of operators, the same each time: signs are on the
+    device, tables and buffers the weights' own memory."""
+    kept = _kept.setdefault(weights, {})
+    if device not in kept:
+        signs, tables, ints = weights.arguments()
+        signs = [None if s is None else as_tensor(s).to(device) for s in signs]
+        buffers = list(map(as_tensor, weights.buffers))
+        kept[device] = signs, list(map(as_tensor, tables)), buffers, ints
+    return kept[device]
 
 
 def _dtype(dtype: Any) -> torch.dtype:
@@ -274,53 +67,49 @@ def _dtype(dtype: Any) -> torch.dtype:
 
 def hadamard(x: Tensor, *, block: int | None = None, pre: Any = None, post: Any = None) -> Tensor:
     """`hadamoe.ops.hadamard` on torch tensors."""
-    return operators.hadamard(x, _signs(pre), _signs(post), block or 0, x.dtype)
+    return operators.hadamard(x, _beside(x, pre), _beside(x, post), block or 0, x.dtype)
 
 
-def dequantize(weight: Any, rows: Tensor, *, dtype: Any = torch.float32) -> Tensor:
+def dequantize(weight: PackedWeight, rows: Tensor, *, dtype: Any = torch.float32) -> Tensor:
     """`hadamoe.ops.dequantize` with torch rows: ``[..., columns]``, padding still there."""
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise ContractError(f"dequantize: rows is {rows.dtype}, needs integers")
-    parts, buffers = _stored(weight)
+    (pre, post), (parts,), buffers, (block,) = _constants(weight, rows.device)
     y = operators.dequantize(parts, rows.long(), buffers, weight.columns, _dtype(dtype))
-    r = weight.rotation
-    return y if r is None else hadamard(y, block=r.block, pre=r.post, post=r.pre)
+    return y if block < 0 else operators.hadamard(y, post, pre, block, y.dtype)
 
 
-def qmatmul(x: Tensor, weight: Any, *, expert: Tensor | None = None) -> Tensor:
+def qmatmul(x: Tensor, weight: PackedWeight, *, expert: Tensor | None = None) -> Tensor:
     """`hadamoe.ops.qmatmul` on torch tensors."""
     if expert is not None and expert.shape[:-1] != x.shape[:-1]:
         shapes = tuple(expert.shape), tuple(x.shape)
         raise ContractError("qmatmul: expert has shape {}, x has {}".format(*shapes))
-    parts, buffers = _stored(weight)
+    _, (parts,), buffers, _ = _constants(weight, x.device)
     return operators.qmatmul(x, parts, expert, buffers, weight.rows, x.dtype)
 
 
 def qmatmul_top(
-    x: Tensor, norm: Any, signs: tuple, weight: Any, top: int, block: int, eps: float
+    x: Tensor, norm: Any, weight: PackedWeight, top: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`hadamoe.ops.qmatmul_top` on torch tensors."""
-    parts, buffers = _stored(weight)
-    return operators.qmatmul_top(x, *map(_signs, (norm, *signs)), parts, buffers, top, block, eps)
+    signs, (parts,), buffers, (block,) = _constants(weight, x.device)
+    return operators.qmatmul_top(x, _beside(x, norm), *signs, parts, buffers, top, block, eps)
 
 
-def moe_decode(x: Tensor, moe: Any, *, top_k: int, normalize: bool = True) -> Tensor:
+def moe_decode(x: Tensor, moe: MoeWeights, *, top_k: int, normalize: bool) -> Tensor:
     """`hadamoe.ops.moe_decode` on torch tensors."""
-    signs, tables, ints = moe.arguments(top_k, normalize)
-    buffers = [as_tensor(b) for b in moe.buffers]
-    arrays = [*map(_signs, signs), *map(as_tensor, tables)]
-    return operators.moe_decode(x, *arrays, buffers, *ints)[0]
+    signs, tables, buffers, ints = _constants(moe, x.device)
+    return operators.moe_decode(x, *signs, *tables, buffers, top_k, normalize, *ints)[0]
 
 
 def gated_delta(
-    proj: Tensor,
-    *arrays: Tensor,
-    heads: tuple[int, int],
-    head_dims: tuple[int, int],
-    eps: float = 1e-6,
+    proj: Tensor, *arrays: Any, heads: tuple[int, int], head_dims: tuple[int, int], eps: float
 ) -> Tensor:
-    """`hadamoe.ops.gated_delta` on torch tensors."""
-    return operators.gated_delta(proj, *arrays, *heads, *head_dims, eps, proj.dtype)
+    """`hadamoe.ops.gated_delta` on torch tensors; vectors may be numpy's."""
+    *vectors, conv_state, state = arrays
+    vectors = [_beside(proj, v) for v in vectors]
+    sizes = *heads, *head_dims
+    return operators.gated_delta(proj, *vectors, conv_state, state, *sizes, eps, proj.dtype)
 
 
 def attention(
@@ -338,7 +127,7 @@ def attention(
     eps: float,
 ) -> Tensor:
     """`hadamoe.ops.attention` on torch tensors."""
-    norms = map(as_tensor, (q_norm, k_norm))
+    norms = [_beside(proj, v) for v in (q_norm, k_norm)]
     return operators.attention(
         proj, *norms, cos, sin, mask, keys, values, heads, past, eps, proj.dtype
     )
@@ -346,45 +135,43 @@ def attention(
 
 def attention_block(
     x: Tensor,
-    per_token: tuple,
+    per_token: tuple[Tensor, Tensor, Tensor | None],
     norm: Any,
-    signs: list,
-    norms: tuple,
-    tables: list,
-    buffers: tuple,
+    weights: AttentionWeights,
+    norms: tuple[Any, Any],
     keys: Tensor,
     values: Tensor,
-    ints: list[int],
+    past: int,
     eps: float,
 ) -> Tensor:
     """`hadamoe.ops.attention_block` on torch tensors."""
-    fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, (*norms, *tables))]
-    shared = list(map(as_tensor, buffers))
-    return operators.attention_block(x, *per_token, *fixed, shared, keys, values, *ints, eps)
+    signs, tables, buffers, ints = _constants(weights, x.device)
+    norm, *norms = (_beside(x, v) for v in (norm, *norms))
+    fixed = *per_token, norm, *signs, *norms, *tables, buffers
+    return operators.attention_block(x, *fixed, keys, values, past, *ints, eps)
 
 
 def gated_delta_block(
     x: Tensor,
     mask: Tensor | None,
     norm: Any,
-    signs: list,
-    vectors: tuple,
-    tables: list,
-    buffers: tuple,
-    conv_state: Tensor,
-    state: Tensor,
-    ints: list[int],
+    weights: DeltaWeights,
+    vectors: tuple[Any, ...],
+    states: tuple[Tensor, Tensor],
+    sizes: tuple[int, ...],
     eps: float,
 ) -> Tensor:
     """`hadamoe.ops.gated_delta_block` on torch tensors."""
-    fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, (*vectors, *tables))]
-    shared = list(map(as_tensor, buffers))
-    return operators.gated_delta_block(x, mask, *fixed, shared, conv_state, state, *ints, eps)
+    signs, tables, buffers, ints = _constants(weights, x.device)
+    norm, *vectors = (_beside(x, v) for v in (norm, *vectors))
+    fixed = norm, *signs, *vectors, *tables, buffers
+    return operators.gated_delta_block(x, mask, *fixed, *states, *sizes, *ints, eps)
 
 
 def moe_block(
-    x: Tensor, norm: Any, signs: list, tables: list, moe: Any, ints: list[int], eps: float
+    x: Tensor, norm: Any, moe: MoeWeights, *, top_k: int, normalize: bool, eps: float
 ) -> Tensor:
     """`hadamoe.ops.moe_block` on torch tensors."""
-    fixed = [as_tensor(norm), *map(_signs, signs), *map(as_tensor, tables)]
-    return operators.moe_block(x, *fixed, list(map(as_tensor, moe.buffers)), *ints, eps)
+    signs, tables, buffers, ints = _constants(moe, x.device)
+    fixed = _beside(x, norm), *signs, *tables, buffers
+    return operators.moe_block(x, *fixed, top_k, normalize, *ints, eps)

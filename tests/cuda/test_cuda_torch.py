@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +26,15 @@ OPERATORS = ("hadamard", "dequantize", "qmatmul", "moe_decode", "gated_delta", "
 def test_operators_are_registered_for_the_device():
     for name in OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hadamoe::{name}", "CUDA")
+
+
+def test_importing_ops_of_torch_registers_them():
+    """As `hadamoe.ops` does, of which a model need not have been loaded."""
+    code = "import torch, hadamoe.torch_ops\n" + "\n".join(
+        f"assert torch._C._dispatch_has_kernel_for_dispatch_key('hadamoe::{name}', 'CUDA')"
+        for name in OPERATORS
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_hadamard():
