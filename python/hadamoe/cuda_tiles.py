@@ -15,8 +15,8 @@ from .gpu_plan import Output, Step
 from .gpu_weight import ROTATED, GpuWeight, bits_of, scale_of, table_of
 
 #: Pairs of an expert, or tokens, up to which x has three bytes: one or two tiles of 32, bound by
-#: what they read of the weight. More have two, as fast as bf16, off by 2^-15 of the largest of 128
-#: columns, and tiles of 64.
+#: what they read of the weight. More have two, as fast as bf16, off by 1/32639 of the largest of
+#: 128 columns, and tiles of 64.
 FEW = 64
 #: Bytes of shared memory of a block: GPUs for desktops have 99 KB, and one block with two stages of
 #: 256 rows needs 60 to 98.

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from cuda_cases import FRONT, to_numpy, to_torch
+from product_cases import chain_alone, one_column
 from simt import cuda
 
 from hadamoe import Instance, Rotation, Weight, cuda_tiles, gpu_calls, ops, reference
 from hadamoe.packed import pack
-from hadamoe.verify import cases, claims, samples
-from hadamoe.verify.samples import magnitude, values
+from hadamoe.verify import bounds, cases, claims, samples
+from hadamoe.verify.samples import values
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
@@ -77,41 +78,17 @@ def check_exact(x, w, expert=None, **options):
     claims.compare(case, (product(x, w, expert, **options),))
 
 
-#: How often the least part of a number goes into the largest, of x and of a codebook's entries.
-LARGEST = {2: 127 * 257, 3: 127 * 65793}
-
-
-def of_largest(w: Weight) -> Weight:
-    """The weight with every entry of a codebook as large as the largest."""
-
-    def one(p):
-        book = p.codebook
-        return p if book is None else replace(p, codebook=np.full_like(book, np.abs(book).max()))
-
-    return replace(w, parts=tuple(tuple(map(one, e)) for e in w.parts))
-
-
 def bound(x: np.ndarray, w: Weight, planes: int) -> np.ndarray:
     """Largest |error| of f32 x @ W^T.
 
-    x is off by half of its unit, which a block of 128 columns shares, a codebook's entries by half
-    of theirs; the products of lowest bytes that are left out are at most 2^14 of both units.
-    Numbers of 16 or 32 bits are sums of ``planes`` numbers of 8. f32 joins the integers of 32
-    columns or more in a chain; tensor cores add plain numbers in one, cutting where f32 rounds.
+    Numbers of 16 or 32 bits are sums of ``planes`` numbers of 8; tensor cores add them in a chain,
+    cutting where f32 rounds. Of all others, f32 joins the integers of 32 columns or more in one.
     """
-    size = np.abs(values(magnitude(w))).reshape(-1, w.columns)
-    terms, table = np.abs(x) @ size.T, w.parts[0][0].instance.table
-    if table == "plain":
+    terms = np.abs(x) @ bounds.sizes(w).T
+    if w.parts[0][0].instance.table == "plain":
         return (3 * 2.0 ** (-8 * planes - 1) + claims.gamma(2 * w.columns + 8)) * terms
-    tops = np.zeros_like(x)
-    for i in range(0, w.columns, 128):
-        tops[:, i : i + 128] = np.abs(x[:, i : i + 128]).max(-1, keepdims=True)
-    off = tops @ size.T
-    if table == "codebook":
-        top = np.abs(values(of_largest(magnitude(w)))).reshape(-1, w.columns)
-        left_out = {2: 2.01, 3: 4.02}[planes]
-        off += np.abs(x) @ top.T + left_out * (tops @ top.T)
-    return off / LARGEST[planes] + claims.gamma(2 * -(-w.columns // 32) + 8) * terms
+    chain = 2 * -(-w.columns // 32) + 8
+    return bounds.fixed_point(x, w, planes) + claims.gamma(chain) * terms
 
 
 @pytest.mark.parametrize("few", [0, 64])
@@ -134,6 +111,15 @@ def test_bound(inst, few, rng):
     limit = bound(x.astype("f8"), w, 3 if few else 2)
     assert (off <= limit).all(), f"{(off / limit).max():.3g} of the bound"
     assert (off > 1e-4 * limit).any(), "the bound is no bound"
+
+
+@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("inst", TABLES[:4], ids=str)
+def test_one_column_above_all_others_is_in_the_bound(inst, few, rng):
+    x, w = one_column(rng, inst, 9)
+    off = np.abs(product(x, w, few=few) - x.astype("f8") @ values(w)[0].T)
+    assert (off <= bound(x.astype("f8"), w, 3 if few else 2)).all()
+    assert (off > chain_alone(x, w)).any()
 
 
 @pytest.mark.parametrize("inst", TABLES, ids=str)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from cuda_cases import FRONT, to_numpy, to_torch
-from product_cases import MODEL, normed, signs
+from product_cases import MODEL, chain_alone, normed, one_column, signs
 from simt import cuda
 
 from hadamoe import Instance, Rotation, Weight, cuda_products, gpu_calls, ops, reference
 from hadamoe.gpu_weight import gpu_weight
-from hadamoe.verify import cases, claims, samples
+from hadamoe.verify import bounds, cases, claims, samples
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
@@ -31,7 +31,7 @@ def product(x, *weights: Weight, norm=None, expert=None, residual=None, **option
 def close(got: np.ndarray, x: np.ndarray, w: Weight) -> None:
     """Within f32's bound of x @ W^T."""
     want = reference.qmatmul(x, w).reshape(got.shape)
-    assert (np.abs(got - want) <= cases.qmatmul_bound(x, w, want, "f32") + 1e-30).all()
+    assert (np.abs(got - want) <= bounds.qmatmul_bound(x, w, want, "f32") + 1e-30).all()
 
 
 def integers(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -71,6 +71,15 @@ def test_bound(inst, rng):
             x = rng.standard_normal((2, columns)).astype("f4")
             with cuda.installed():
                 close(product(x, w), x, w)
+
+
+@pytest.mark.parametrize("inst", [i for i in ops.instances() if i.table != "plain"], ids=str)
+def test_one_column_above_all_others_is_in_the_bound(inst, rng):
+    x, w = one_column(rng, inst, 2)
+    with cuda.installed():
+        got = product(x, w)
+    close(got, x, w)
+    assert (np.abs(got - reference.qmatmul(x, w)) > chain_alone(x, w)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -158,7 +167,8 @@ def test_norm_and_rotation_on_the_way_in(block, tokens, rng):
         w, a = (turned, wide) if rotated else (flat, inner)
         want = a @ samples.values(w).reshape(-1, w.columns).T
         size = np.abs(inner).sum(-1).max() * np.abs(samples.values(w)).max() + np.abs(y0).max()
-        assert np.abs(y - want).max() <= claims.gamma(k + w.columns + 20) * size
+        fixed = bounds.fixed_point(a, w).max()
+        assert np.abs(y - want).max() <= claims.gamma(k + w.columns + 20) * size + fixed
 
 
 def test_pairs_of_a_prompt(rng):

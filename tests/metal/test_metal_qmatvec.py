@@ -12,7 +12,7 @@ from product_cases import MODEL, normed, signs
 from simt import metal
 
 from hadamoe import Instance, Rotation, Weight, mlx_gpu, ops, reference
-from hadamoe.verify import cases, claims, samples
+from hadamoe.verify import bounds, cases, claims, samples
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 
@@ -27,7 +27,7 @@ def product(x: np.ndarray, *weights: Weight, **options) -> np.ndarray:
 def close(got: np.ndarray, x: np.ndarray, w: Weight, chain: int = 0) -> None:
     """Within f32's bound of x @ W^T, where x itself has `chain` roundings."""
     want = reference.qmatmul(x, w).reshape(got.shape)
-    bound = cases.qmatmul_bound(x, w, want, "f32")
+    bound = bounds.qmatmul_bound(x, w, want, "f32")
     size = np.abs(x) @ np.abs(samples.values(w).reshape(-1, w.columns)).T
     assert (np.abs(got - want) <= bound + claims.gamma(chain) * size + 1e-30).all()
 

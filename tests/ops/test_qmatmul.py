@@ -6,19 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from product_cases import chain_alone, one_column
 from support import at_page_end, weight_at_page_ends
 
 from hadamoe import _cpu, ops, reference
 from hadamoe.errors import ContractError
-from hadamoe.verify import claims
+from hadamoe.verify import bounds, claims
 from hadamoe.verify.cases import qmatmul_cases
 from hadamoe.verify.samples import (
-    magnitude,
     pack_bits,
     random_part,
     random_weight,
     to_storage,
-    values,
 )
 from hadamoe.weight import Instance, Part, Weight
 
@@ -86,15 +85,12 @@ def error_bound(x: np.ndarray, weight: Weight) -> np.ndarray:
     """|error| of any ISA's kernel, from how it adds.
 
     Chains: two a lane within a group of f32 lanes (g / 8 in the narrowest), then one step a group,
-    then 4 for the lanes and 6 for scale, bias, offset and result. Integer kernels round no product,
-    but x to half of 2^-31 of the power of two over max |x|.
+    then 4 for the lanes and 6 for scale, bias, offset and result. Integer kernels round x instead.
     """
     group = min(p.group for e in weight.parts for p in e)
     chain = group // 8 + -(-weight.columns // group) + 10
-    size = np.abs(values(magnitude(weight))).reshape(-1, weight.columns)
-    top = np.abs(x).max(-1, keepdims=True)
-    fixed = 2.0**-31 * top
-    return claims.gamma(chain) * (np.abs(x) @ size.T) + fixed * size.sum(-1)
+    terms = np.abs(x) @ bounds.sizes(weight).T
+    return claims.gamma(chain) * terms + bounds.fixed_point(x, weight)
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=str)
@@ -149,6 +145,16 @@ def test_one_large_input_costs_the_others_no_bits(isa, rng, instance):
         coarse = np.round(x * 2.0**16) / 2.0**16  # mutant: 22 bits under 64
         coarse = reference.qmatmul(coarse, w)
         assert np.linalg.norm(coarse - want) > 5e-7 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=str)
+def test_one_column_above_all_others_is_in_the_bound(isa, rng, instance):
+    x, w = one_column(rng, instance, 5)
+    want = reference.qmatmul(x, w)
+    off = np.abs(run(x, w) - want)
+    assert (off <= bounds.qmatmul_bound(x, w, want, "f32")).all()
+    if isa in ("avx512", "amx") and instance.table not in ("codebook", "plain"):
+        assert (off > chain_alone(x, w)).any()
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hadamoe import Rotation, ops
-from hadamoe.verify import claims, samples
+from hadamoe.verify import bounds, claims, samples
 from hadamoe.weight import Part, Weight
 
 
@@ -34,6 +34,6 @@ def check_product(weight: Weight, peer: np.ndarray, x: np.ndarray, unit: float =
     y = ops.qmatmul(x, weight).astype(np.float64)
     want = x.astype(np.float64) @ peer.T
     terms = np.abs(x).astype(np.float64) @ np.abs(samples.values(samples.magnitude(weight))[0]).T
-    bound = claims.gamma(weight.columns + 8) * terms + unit * terms
+    bound = bounds.qmatmul_bound(x, weight, want, "f32") + (claims.gamma(4) + unit) * terms
     wrong = np.abs(y - want) / bound
     assert wrong.max() <= 1, f"{wrong.max():.2f} times the bound"

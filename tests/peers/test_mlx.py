@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hadamoe import Instance, ops
-from hadamoe.verify import cases, claims
+from hadamoe.verify import bounds, claims
 from hadamoe.weight import Part
 
 from .support import check_product, check_values, raw, weight_of
@@ -47,7 +47,7 @@ def test_affine(data, bits, group, dtype):
     check_product(weight, peer, x)
     # and MLX's own product on the same arrays
     theirs = f64(mx.quantized_matmul(mx.array(x), codes, *wide, True, group, bits))
-    allowed = 2 * cases.qmatmul_bound(x.astype(np.float64), weight, theirs, "f32")
+    allowed = 2 * bounds.qmatmul_bound(x.astype(np.float64), weight, theirs, "f32")
     assert (np.abs(ops.qmatmul(x, weight) - theirs) <= allowed).all()
 
 

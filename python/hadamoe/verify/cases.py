@@ -14,31 +14,17 @@ import numpy as np
 from .. import ops, reference
 from ..weight import Instance, Part, Rotation, Weight
 from . import kv_cases, layers, rounding
-from .claims import Case, gamma, rounding_bound
+from .bounds import qmatmul_bound
+from .claims import Case, gamma
 from .rounding import Rounded
 from .samples import (
     groups_of,
-    magnitude,
     plain_part,
     random_part,
     random_weight,
     rounded,
     values,
 )
-
-
-def qmatmul_bound(x: np.ndarray, weight: Weight, y: np.ndarray, dtype: str) -> np.ndarray:
-    """Largest |error| of ``y[r, E * n] = x @ W^T`` for whatever order a kernel adds in.
-
-    No order makes a chain longer than its number of terms: ``columns`` products and sums, and four
-    more for scale, bias, their product and the join of groups. Kernels on integers round no
-    product, but x to 32 bits under the largest of its row: 2^-31 of it at most.
-    """
-    size = np.abs(values(magnitude(weight))).reshape(-1, weight.columns)
-    terms = np.abs(x) @ size.T
-    fixed = 2.0**-31 * np.abs(x).max(-1, keepdims=True) * size.sum(-1)
-    return fixed + rounding_bound(terms, weight.columns + 4, np.abs(y) + fixed, dtype)
-
 
 #: Numpy dtypes of activations; bf16 goes through torch and MLX arrays.
 FLOATS = ("float32", "float16")

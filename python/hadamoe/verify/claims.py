@@ -7,7 +7,8 @@ A claim is checked on a `Case`: one call of an op, what must come out and how fa
   sum a small multiple of 2^-2, so f32 arithmetic in any order is exact and the tolerance is zero.
   This finds every indexing, packing, tail and gather bug.
 - bound: Gaussian data; the result stays within the rounding bound of the longest chain of additions
-  (`rounding_bound`). No tolerance is chosen by hand.
+  (`rounding_bound`), and of products within what fixed point adds to it (`bounds`). No tolerance is
+  chosen by hand.
 
 Outputs start as NaN (`Poisoned`), so an element a kernel leaves unwritten breaks either claim.
 """

@@ -159,10 +159,7 @@ def random_weight(
 
 
 def magnitude(weight: Weight) -> Weight:
-    """The weight whose values bound the terms a kernel may add: |scale|, |bias|, |codebook|.
-
-    ``linear_signed`` becomes ``linear``: a kernel may sum code * x and 2^(bits-1) * x apart.
-    """
+    """The weight whose |values| bound the terms a kernel may add: |scale|, |bias|, |codebook|."""
 
     def absolute(a: np.ndarray | None, dtype: str) -> np.ndarray | None:
         if a is None or dtype == "e8m0":
@@ -170,18 +167,7 @@ def magnitude(weight: Weight) -> Weight:
         return np.abs(a) if dtype == "f32" else a & 0x7FFF
 
     def one(p: Part) -> Part:
-        table, bits, dtype = p.instance
-        if table == "plain":
-            return p
-        scale, bias = absolute(p.scale, dtype), absolute(p.bias, dtype)
-        if table == "linear_signed":
-            half = reference.widen(scale, dtype) * np.float32(1 << (bits - 1))
-            return replace(
-                p,
-                instance=Instance("linear", bits, dtype),
-                scale=scale,
-                bias=to_storage(half, dtype),
-            )
+        scale, bias = (absolute(a, p.instance.scale) for a in (p.scale, p.bias))
         book = None if p.codebook is None else np.abs(p.codebook)
         return replace(p, scale=scale, bias=bias, codebook=book)
 
