@@ -129,10 +129,10 @@ __device__ inline void make_table(TileKind kind, const float* entries, unsigned 
   float unit = 1.0f;
   if (kind.book()) {
     const float entry = i < 1 << kind.bits() ? entries[i] : 0.0f;
-    const float top = warp_max(fabsf(entry));
-    const int e = Is::exponent(__float_as_uint(top));
-    v = Is::of(entry, e);
-    unit = scaled(1.0f, e - Is::BITS + 8 * (PLANES - 1));
+    const uint top = warp_largest(__float_as_uint(entry) & 0x7fffffffu);
+    const int e = Is::exponent(top);
+    v = top < 0x7f800000u ? Is::of(entry, e) : 0;
+    unit = Is::unit(top, e) * float(1 << 8 * (PLANES - 1));  // NaN where an entry is no number
   } else if (kind.linear()) {
     v = (i - 2) * (64 << 8 * (PLANES - 1));
     unit = scaled(1.0f, kind.bits() - 8);

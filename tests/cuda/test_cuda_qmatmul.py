@@ -260,6 +260,20 @@ def test_what_is_no_number_stays_in_its_row(inst, bad, rng):
     np.testing.assert_array_equal(np.delete(got, 3, 0), np.delete(want, 3, 0))
 
 
+@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_a_codebook_with_what_is_no_number(bad, bits, few, rng):
+    """Its part is none, as for a few tokens; the part beside it is as it was."""
+    w = samples.random_weight(rng, [Instance("codebook", bits, "f32"), INSTANCE], [20, 9], 128)
+    x = rng.integers(-4, 5, (9, 128)).astype("f4")
+    w.parts[0][0].codebook[1] = bad
+    got = product(x, w, few=few, check=True)
+    assert np.isnan(got[:, :20]).all()
+    beside = replace(w, parts=(w.parts[0][1:],))
+    np.testing.assert_array_equal(got[:, 20:], reference.qmatmul(x, beside))
+
+
 @pytest.mark.parametrize("size", [2.0**-140, 2.0**-100, 2.0**100, 0.0])
 def test_sizes_of_x(size, rng):
     x, w = operands(rng, TABLES[2], 9, "integer")
