@@ -30,7 +30,9 @@ __host__ __device__ constexpr uint page_words(int codec, uint d) {
   return code_words(codec, d) + scales;
 }
 // 1 / sqrt(d), rounded once.
-__host__ __device__ constexpr float root_of(int d) { return d == 64 ? 0.125f : d == 128 ? 0.08838834764831845f : 0.0625f; }
+__host__ __device__ constexpr float root_of(int d) {
+  return d == 32 ? 0.17677669529663687f : d == 64 ? 0.125f : d == 128 ? 0.08838834764831845f : 0.0625f;
+}
 // Raw pages have the numbers of a dtype. Where page p of a sequence is among its three: page 0, then every other one.
 __device__ inline int raw_codec(int dtype) { return dtype == F32 ? kv_raw_f32 : dtype == F16 ? kv_raw_f16 : kv_bf16; }
 __device__ inline uint raw_slot(uint p) { return p ? 1 + p % 2 : 0; }

@@ -12,14 +12,14 @@ struct Codes {
   static constexpr int LOADS = BITS == 8 ? 4 : BITS == 2 ? 1 : 2;
   uint4 words[LOADS];
 
-  // tiles: two side by side, of the 16 rows among which a lane's are.
-  __device__ void load(const uint* tiles) {
+  // tiles: of the 16 rows among which a lane's are, and `next` words behind another 32 terms of them.
+  __device__ void load(const uint* tiles, uint next = 16 * BITS) {
     const uint lane = lane_index(), t = lane % 4;
     const uint* at = tiles + lane / 4 % 4 * 4;
-    if constexpr (BITS == 2) take(0, at + 16 * t);
-    if constexpr (BITS == 3) take(0, at + t / 2 * 48 + t % 2 * 16), take(1, at + t / 2 * 48 + 32);
-    if constexpr (BITS == 4) take(0, at + 16 * t), take(1, at + 64 + 16 * t);
-    if constexpr (BITS == 8) EACH(i, 4) take(i, at + i / 2 * 128 + (2 * t + i % 2) * 16);
+    if constexpr (BITS == 2) take(0, at + t / 2 * next + t % 2 * 16);
+    if constexpr (BITS == 3) take(0, at + t / 2 * next + t % 2 * 16), take(1, at + t / 2 * next + 32);
+    if constexpr (BITS == 4) take(0, at + 16 * t), take(1, at + next + 16 * t);
+    if constexpr (BITS == 8) EACH(i, 4) take(i, at + i / 2 * next + (2 * t + i % 2) * 16);
   }
   __device__ void take(int i, const uint* from) { words[i] = *reinterpret_cast<const uint4*>(from); }
   __device__ uint word(int i, int row) const {
@@ -56,17 +56,23 @@ struct Codes {
   }
 };
 
-// This lane's 16 of 64 bytes, in the order in which codes leave their words.
-template <int BITS>
+// This lane's 16 of 64 bytes, in the order in which codes leave their words. Of TERMS 32, the other 32 are zeros.
+template <int BITS, int TERMS = 64>
 __device__ __forceinline__ void load_terms(const signed char* bytes, uint* four) {
   const uint t = lane_index() % 4;
-  uint n[4];
+  uint n[4] = {};
   if constexpr (BITS < 4) {
-    const uint4 w = *reinterpret_cast<const uint4*>(bytes + 16 * t);
-    n[0] = w.x, n[1] = w.z, n[2] = w.y, n[3] = w.w;
+    if (16 * t < TERMS) {
+      const uint4 w = *reinterpret_cast<const uint4*>(bytes + 16 * t);
+      n[0] = w.x, n[1] = w.z, n[2] = w.y, n[3] = w.w;
+    }
   } else {
-    const uint2 a = *reinterpret_cast<const uint2*>(bytes + 8 * t), b = *reinterpret_cast<const uint2*>(bytes + 32 + 8 * t);
-    n[0] = a.x, n[1] = a.y, n[2] = b.x, n[3] = b.y;
+    const uint2 a = *reinterpret_cast<const uint2*>(bytes + 8 * t);
+    n[0] = a.x, n[1] = a.y;
+    if constexpr (TERMS == 64) {
+      const uint2 b = *reinterpret_cast<const uint2*>(bytes + 32 + 8 * t);
+      n[2] = b.x, n[3] = b.y;
+    }
   }
   EACH(i, 2) {
     four[2 * i] = BITS == 8 ? n[2 * i] : permute_bytes(n[2 * i], n[2 * i + 1], 0x5140u);
@@ -88,18 +94,20 @@ __device__ __forceinline__ void add_products(const Codes<BITS>& codes, const uin
   }
 }
 
-// 32 tokens of a page of keys times 8 queries as signed bytes: `query` is number lane / 4.
+// 32 tokens of a page of keys times 8 queries as signed bytes: `query` is number lane / 4. Of 32 columns, codes come twice,
+// the second time times zeros.
 template <int BITS, int D>
 __device__ __forceinline__ void code_sums(const uint* page, uint half, const signed char* query, int (*sums)[4]) {
   const uint* tiles = page + (2 * half + lane_index() / 16) * (D / 2) * BITS;
-  constexpr int STEP = BITS == 8 && D == 256 ? 2 : D / 64;  // as many words on their way as registers hold
+  constexpr int TERMS = D < 64 ? D : 64, COUNT = D / TERMS;
+  constexpr int STEP = BITS == 8 && D == 256 ? 2 : COUNT;  // as many words on their way as registers hold
   EACH(i, 2) EACH(e, 4) sums[i][e] = 0;
-  HM_UNROLL for (int first = 0; first < D / 64; first += STEP) {
+  HM_UNROLL for (int first = 0; first < COUNT; first += STEP) {
     Codes<BITS> codes[STEP];
-    EACH(c, STEP) codes[c].load(tiles + (first + c) * 32 * BITS);
+    EACH(c, STEP) codes[c].load(tiles + (first + c) * 32 * BITS, TERMS == 64 ? 16 * BITS : 0);
     EACH(c, STEP) {
       uint bytes[4];
-      load_terms<BITS>(query + 64 * (first + c), bytes);
+      load_terms<BITS, TERMS>(query + 64 * (first + c), bytes);
       add_products<BITS>(codes[c], bytes, sums);
     }
   }

@@ -10,7 +10,7 @@ from .gpu_plan import Output
 from .kv import CODECS, PAGE, PRESETS, page_bytes
 
 #: Columns of a head that kernels are compiled for.
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (32, 64, 128, 256)
 #: Stands for every codec where a kernel is compiled for one: as in cuda/kv_runs.cuh.
 ANY = 99
 #: Formats of 256 columns with a kernel of their own for `runs`, where raw rows have 16 bits: it

@@ -10,8 +10,14 @@ from cuda_cases import to_torch
 from simt import cuda_launch
 
 from hadamoe import cuda_kv
-from hadamoe.kv import KEY_SEED, VALUE_SEED, KVFormat, signs
+from hadamoe.kv import CODECS, KEY_SEED, VALUE_SEED, KVFormat, signs
 from hadamoe.reference_kv_peers import TURBO_CODEBOOKS
+
+
+def codecs_of(d: int) -> list[str]:
+    """Codecs that can store heads of d columns."""
+    wide = ("turbo", "affine") if d < 64 else ()
+    return [codec for codec in CODECS if not codec.startswith(wide)]
 
 
 def signs_of(side: str, d: int) -> torch.Tensor:

@@ -16,7 +16,13 @@ from hadamoe.kv import KVFormat
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
 #: (batch, tokens, query heads, key heads, columns, turned columns)
-SHAPES = [(1, 1, 4, 2, 64, 16), (2, 5, 3, 1, 64, 64), (1, 3, 16, 2, 256, 64), (1, 2, 2, 2, 128, 96)]
+SHAPES = [
+    (1, 1, 4, 2, 64, 16),
+    (2, 3, 4, 2, 32, 16),
+    (2, 5, 3, 1, 64, 64),
+    (1, 3, 16, 2, 256, 64),
+    (1, 2, 2, 2, 128, 96),
+]
 
 
 class Case(Projection):

@@ -106,7 +106,18 @@ def test_every_length(past):
             np.testing.assert_array_equal(got[0, :, p], want[place])
 
 
-@pytest.mark.parametrize("d", [128, 256])
+#: Of heads of 32 columns: each codec of ours on either side, and the others that store them.
+NARROW = [("h2", "h8"), ("h3", "h4"), ("h4", "h3"), ("h8", "h2")]
+NARROW += [("bf16", "bf16"), ("fp8", "kivi2"), ("kivi4", "fp8"), ("kivi2", "kivi4")]
+
+
+@pytest.mark.parametrize("form", NARROW, ids="/".join)
+def test_heads_of_32_columns(form):
+    """A warp is a block; half of what tensor cores multiply keys with is zeros."""
+    Case(KVFormat(*form), Shape(8, 2, 32, (331, 65), 1)).check(check=True)
+
+
+@pytest.mark.parametrize("d", [32, 128, 256])
 @pytest.mark.parametrize("heads", [(8, 1), (2, 2), (3, 1), (10, 2), (16, 1)])
 def test_every_head(heads, d):
     """Groups of heads that are no eight."""

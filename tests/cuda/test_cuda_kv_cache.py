@@ -6,40 +6,42 @@ import numpy as np
 import pytest
 import torch
 from cuda_cases import to_torch
-from kv_cases_cuda import Cache
+from kv_cases_cuda import Cache, codecs_of
 from simt import cuda
 
 from hadamoe import cuda_kv, kv_ops
 from hadamoe.errors import UnsupportedError
-from hadamoe.kv import CODECS, PAGE, KVFormat, page_bytes
+from hadamoe.kv import PAGE, KVFormat, page_bytes
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
 H, G, D = 2, 2, 64
 
 
-def projections(count: int, batch: int = 1, seed: int = 0) -> np.ndarray:
+def projections(count: int, batch: int = 1, d: int = D) -> np.ndarray:
     """f32 ``[b, tokens, heads, d]``: query and gate of each head, keys, values."""
-    x = np.random.default_rng(seed).standard_normal((batch, count, 2 * H + 2 * G, D))
+    x = np.random.default_rng(0).standard_normal((batch, count, 2 * H + 2 * G, d))
     return x.astype(np.float32)
 
 
 def keys_and_values(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """``[2, b, g, t, d]``."""
-    kv = to_torch(x[:, :, 2 * H :].reshape(*x.shape[:2], 2, G, D).transpose(2, 0, 3, 1, 4))
+    kv = to_torch(x[:, :, 2 * H :].reshape(*x.shape[:2], 2, G, -1).transpose(2, 0, 3, 1, 4))
     return kv.contiguous().to(dtype)
 
 
-def empty(form: KVFormat, batch: int, most: int, dtype: torch.dtype, pool: bool = False) -> Cache:
+def empty(
+    form: KVFormat, batch: int, most: int, dtype: torch.dtype, pool: bool = False, d: int = D
+) -> Cache:
     """A cache of which nobody wrote a byte."""
     m = -(-most // PAGE)
-    raw = torch.full((2, batch, G, cuda_kv.RAW, D), float("nan")).to(dtype)
+    raw = torch.full((2, batch, G, cuda_kv.RAW, d), float("nan")).to(dtype)
     shape, table = (batch, G, m), None
     if pool:
         shape = batch * m + 2, G
         table = np.random.default_rng(0).permutation(shape[0])[: batch * m].astype(np.int32)
         table = table.reshape(batch, m)
-    pages = [torch.full((*shape, page_bytes(codec, D)), 255, dtype=torch.uint8) for codec in form]
+    pages = [torch.full((*shape, page_bytes(codec, d)), 255, dtype=torch.uint8) for codec in form]
     return Cache(form, (H, G), raw, pages, table)
 
 
@@ -65,27 +67,27 @@ def same(a: Cache, b: Cache, lengths: list[int]) -> None:
 
 def on_the_cpu(form: KVFormat, x: np.ndarray, counts: list[int], dtype: torch.dtype) -> Cache:
     """The cache that the CPU makes of the last `counts` tokens of each sequence."""
-    b, t = x.shape[:2]
-    cache = empty(form, b, t, torch.float32)
+    b, t, _, d = x.shape
+    cache = empty(form, b, t, torch.float32, d=d)
     m = cache.m
     rows = x[:, :, 2 * H :]
     rows = torch.from_numpy(rows.copy()).to(dtype).float().numpy()
-    raw = [np.zeros((b, G, 3, PAGE, D), np.float32) for _ in form]
-    pages = [np.zeros((b * m, G, page_bytes(c, D)), np.uint8) for c in form]
+    raw = [np.zeros((b, G, 3, PAGE, d), np.float32) for _ in form]
+    pages = [np.zeros((b * m, G, page_bytes(c, d)), np.uint8) for c in form]
     table = np.arange(b * m, dtype=np.int32).reshape(b, m)
     layer = kv_ops.KVLayer(form, *raw, *pages, table)
     k, v = (np.ascontiguousarray(a) for a in (rows[:, :, :G], rows[:, :, G:]))
     kv_ops.kv_attend(None, k, v, layer, [0] * b, counts)
-    cache.raw = to_torch(np.stack(raw)).reshape(2, b, G, -1, D)
+    cache.raw = to_torch(np.stack(raw)).reshape(2, b, G, -1, d)
     cache.pages = [to_torch(a.reshape(b, m, G, -1).swapaxes(1, 2)) for a in pages]
     return cache
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_prompt(codec):
+@pytest.mark.parametrize(("codec", "d"), [(codec, d) for d in (32, D) for codec in codecs_of(d)])
+def test_a_prompt(codec, d):
     """Every codec; races, bounds and what nobody wrote are looked for."""
-    form, x = KVFormat(codec, codec), projections(200)
-    cache = empty(form, 1, 200, torch.float32)
+    form, x = KVFormat(codec, codec), projections(200, d=d)
+    cache = empty(form, 1, 200, torch.float32, d=d)
     with cuda.installed(check=True):
         cache.append(keys_and_values(x, torch.float32), [0])
     same(cache, on_the_cpu(form, x, [200], torch.float32), [200])
@@ -115,17 +117,20 @@ def test_padding_in_front(pool):
     same(cache, on_the_cpu(form, x, counts, torch.float32), counts)
 
 
-@pytest.mark.parametrize("form", [("h4", "h3"), ("turbo3", "fp8"), ("bf16", "bf16")], ids="/".join)
-def test_tokens_one_by_one(form):
+@pytest.mark.parametrize(
+    ("form", "d"),
+    [("h4/h3", D), ("turbo3/fp8", D), ("bf16/bf16", D), ("h8/h2", 32), ("kivi4/bf16", 32)],
+)
+def test_tokens_one_by_one(form, d):
     """Each is attended as the CPU does, over pages' ends, and leaves what a prompt leaves."""
-    form, begin, count = KVFormat(*form), 120, 262
-    x = projections(count, 2)
-    cache = empty(form, 2, count, torch.float32)
+    form, begin, count = KVFormat(*form.split("/")), 120, 262
+    x = projections(count, 2, d)
+    cache = empty(form, 2, count, torch.float32, d=d)
     parts = [x[:, :, : 2 * H : 2], x[:, :, 2 * H : 2 * H + G], x[:, :, 2 * H + G :]]
     layer = kv_ops.KVLayer(
         form,
-        *(np.zeros((2, G, 3, PAGE, D), np.float32) for _ in form),
-        *(np.zeros((10, G, page_bytes(c, D)), np.uint8) for c in form),
+        *(np.zeros((2, G, 3, PAGE, d), np.float32) for _ in form),
+        *(np.zeros((10, G, page_bytes(c, d)), np.uint8) for c in form),
         np.arange(10, dtype=np.int32).reshape(2, 5),
     )
     want = kv_ops.kv_attend(*map(np.ascontiguousarray, parts), layer, [0, 0])
@@ -133,7 +138,7 @@ def test_tokens_one_by_one(form):
         cache.append(keys_and_values(x[:, :begin], torch.float32), [0, 0])
         for i in range(begin, count):
             y = cache.attend(to_torch(x[:, i : i + 1].reshape(2, 1, -1)), [i, i]).numpy()
-            got = y.reshape(2, H, D)
+            got = y.reshape(2, H, d)
             assert np.abs(got - want[:, i]).max() <= 3e-5 * np.abs(want[:, i]).max()
     same(cache, on_the_cpu(form, x, [count] * 2, torch.float32), [count] * 2)
 
@@ -141,7 +146,7 @@ def test_tokens_one_by_one(form):
 def test_plans_stay_within_limits():
     """At most 256 threads and 48 KB; the grid of 131,072 tokens is that of 32,768."""
     for d in cuda_kv.HEAD_DIMS:
-        heads = cuda_kv.Heads(64, 16, 2, d, KVFormat("h8", "turbo4"))
+        heads = cuda_kv.Heads(64, 16, 2, d, KVFormat("h8", "kivi4"))
         launches = (
             cuda_kv.encode(7, "kivi4", "key", d),
             cuda_kv.decode((64, 2, 2048), "h8", "value", d),
@@ -160,6 +165,6 @@ def test_plans_stay_within_limits():
 
 
 def test_heads_that_are_not_compiled():
-    heads = cuda_kv.Heads(1, 2, 1, 32, KVFormat("h8", "h8"))
-    with pytest.raises(UnsupportedError, match="head_dim is 32, on CUDA 64, 128, 256"):
+    heads = cuda_kv.Heads(1, 2, 1, 512, KVFormat("h8", "h8"))
+    with pytest.raises(UnsupportedError, match="head_dim is 512, on CUDA 32, 64, 128, 256"):
         cuda_kv.runs(heads, 4, 0, "float32")

@@ -43,6 +43,7 @@ def case(codec: str, d: int, rows: int, pages: int, kind: str = "gaussian"):
 @pytest.mark.parametrize("codec", kv_cases.OURS)
 def test_integers_of_the_cpu(codec, kind):
     """Rows that fill no group of eight; races and bounds are looked for."""
+    same_integers(*case(codec, 32, 11, 3, kind), codec, check=True)
     same_integers(*case(codec, 64, 11, 3, kind), codec, check=True)
     same_integers(*case(codec, 128, 5, 2, kind), codec)
     same_integers(*case(codec, 256, 8, 3, kind), codec)

@@ -46,7 +46,7 @@ WIDE = {
     "moe_gate_up": 255,
     "moe_down<2>": 168,
     "moe_down<4>": 255,
-    **{f"kv_runs<{d}, 99, 99>": 255 for d in (64, 128, 256)},
+    **{f"kv_runs<{d}, 99, 99>": 255 for d in (32, 64, 128, 256)},
 }
 #: Static shared memory of a block, in bytes; what grows with a model's sizes is dynamic.
 SHARED = 2048
