@@ -252,6 +252,11 @@ def in_tiles(tokens: int, w: GpuWeight, slots: int) -> bool:
     return tokens * slots >= 4 * w.experts if slots else tokens > FEW
 
 
+def schedule(tokens: int, w: GpuWeight, slots: int) -> Launch:
+    """What `product` needs of pairs in tiles, beside their order; its size ``most`` says which."""
+    return cuda_tiles.schedule(tokens, w, slots)
+
+
 def product(
     tokens: int,
     w: GpuWeight,

@@ -1,7 +1,7 @@
 """Launch plans of a weight times a prompt: cuda/qmatmul.cuh.
 
-1. `tokens`: x as tensor cores read it, once for each order in which codes leave their bytes.
-2. `schedule`, of experts: which tiles there are, so that no host has to know.
+1. `schedule`, of experts: which tiles there are, so that no host has to know.
+2. `tokens`: x as tensor cores read it, once for each order in which codes leave their bytes.
 3. the product.
 """
 
@@ -104,6 +104,11 @@ def tokens_launch(
     )
 
 
+def schedule(tokens: int, w: GpuWeight, slots: int) -> Launch:
+    """``tiles`` of `qmatmul`; of the same pairs, weights with tiles of one size share them."""
+    return schedule_launch(tokens * slots, w.experts, _shape(tokens, w, slots, False).tile)
+
+
 def schedule_launch(pairs: int, experts: int, tile: int) -> Launch:
     """``tiles``: i32 ``[1 + most_tiles, 4]``, how many and then expert, first and end of each."""
     return Launch(
@@ -173,8 +178,8 @@ def qmatmul(
 ) -> list[Step]:
     """One weight for a prompt: launches over ``x`` ``[tokens, k]``; the last one's output is ``y``.
 
-    With ``slots`` they read ``order``, places of the pairs ``[t * slots]``, and ``expert``, their
-    experts, ascending; both i32.
+    With ``slots`` they read ``order``, i32 places of the pairs ``[t * slots]``, those of one expert
+    side by side, and ``tiles``, of `schedule` and their experts in this order.
 
     Args:
         slots: experts of each token, 0 for a weight without experts.
@@ -186,9 +191,7 @@ def qmatmul(
         UnsupportedError: a weight of more than seven kinds of tables and rotations.
     """
     x_dtype = x_dtype or dtype
-    steps = [Step(tokens_launch(tokens, w, x_dtype, slots=slots, rotated=rotated), "records")]
-    if slots:
-        tile = _shape(tokens, w, slots, rotated).tile
-        steps.append(Step(schedule_launch(tokens * slots, w.experts, tile), "tiles"))
+    records = tokens_launch(tokens, w, x_dtype, slots=slots, rotated=rotated)
     options = {"slots": slots, "rotated": rotated, "residual": residual}
-    return [*steps, Step(product_launch(tokens, w, dtype, x_dtype, **options), "y")]
+    y = product_launch(tokens, w, dtype, x_dtype, **options)
+    return [Step(records, "records"), Step(y, "y")]

@@ -140,7 +140,7 @@ def product(
     expert: Any = None,
     residual: Any = None,
     rotated: bool = False,
-    pairs: Mapping[str, Any] | None = None,
+    pairs: dict[str, Any] | None = None,
 ) -> Any:
     """``residual + rotate(rmsnorm(x)) @ W^T``, for any number of tokens.
 
@@ -150,7 +150,7 @@ def product(
         expert: i32 ``[t, a]``, or None.
         residual: of the result's shape, or None.
         rotated: x has been through the weight's rotation.
-        pairs: of `_ordered`, if it is known.
+        pairs: of `_ordered`, if it is known; tiles of theirs are kept there.
 
     Returns:
         ``[t, n]``, or ``[t, a, n]`` with ``expert``; x's dtype.
@@ -169,7 +169,9 @@ def product(
     if front.plans.products.in_tiles(tokens, w.plan, slots):
         arrays["count"] = [tokens * max(slots, 1)]
         if expert is not None:
-            arrays |= pairs or _ordered(front, expert, w.plan.experts)
+            pairs = _ordered(front, expert, w.plan.experts) if pairs is None else pairs
+            tiles = _tiles(front, pairs, front.plans.products.schedule(tokens, w.plan, slots))
+            arrays |= {**pairs, "tiles": tiles}
     return run_all(front, steps, arrays | {"x": x})
 
 
@@ -346,13 +348,23 @@ def _ordered(front: Front, expert: Any, experts: int) -> dict[str, Any]:
     return dict(zip(("order", "expert"), front.run(launch, {"expert": flat}), strict=True))
 
 
+def _tiles(front: Front, pairs: dict[str, Any], launch: Any) -> Any:
+    """What a launch cuts pairs into, made once for all products of their size; None for none."""
+    if launch is None:
+        return None
+    name = f"tiles of {launch.sizes['most']}"
+    if name not in pairs:
+        pairs[name] = front.run(launch, pairs)[0]
+    return pairs[name]
+
+
 def _swiglu(front: Front, both: Any) -> Any:
     """silu(gate) * up of ``[r, gate | up]``."""
     launch = front.plans.moe.swiglu(both.shape[0], both.shape[1] // 2)
     return front.run(launch, {"x": both})[0]
 
 
-def _chosen(front: Front, x: Any, w: Experts, expert: Any, pairs: Mapping[str, Any]) -> Any:
+def _chosen(front: Front, x: Any, w: Experts, expert: Any, pairs: dict[str, Any]) -> Any:
     """``[t, a, n]``: x ``[t, k]`` times rows of a token's experts ``[t, a]``, ordered in pairs."""
     tokens, slots = expert.shape
     launch = front.plans.moe.product(tokens, slots, w.routed.plan)

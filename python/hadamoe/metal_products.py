@@ -273,6 +273,10 @@ def in_tiles(tokens: int, w: GpuWeight, slots: int) -> bool:
     return tokens * slots >= 4 * w.experts if slots else tokens > TOKENS
 
 
+def schedule(tokens: int, w: GpuWeight, slots: int) -> None:
+    """None: a tile finds its experts itself."""
+
+
 def product(
     tokens: int,
     w: GpuWeight,

@@ -9,7 +9,9 @@ from cuda_cases import FRONT, to_numpy, to_torch
 from moe_weights import LAYERS
 from simt import cuda
 
-from hadamoe import cuda_moe, cuda_products, gpu_calls, ops, reference
+from hadamoe import cuda_moe, cuda_products, cuda_tiles, gpu_calls, ops, reference
+from hadamoe.verify.samples import plain_part
+from hadamoe.weight import Weight
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
@@ -57,6 +59,21 @@ def test_a_token_depends_on_nothing_else(rng):
     want = run(x, moe)
     np.testing.assert_array_equal(run(x[::-1].copy(), moe)[::-1], want)
     np.testing.assert_array_equal(run(x[3:13], moe), want[3:13])
+
+
+@pytest.mark.parametrize(("few", "schedules"), [(cuda_tiles.FEW, 1), (0, 2)])
+def test_one_schedule_where_tiles_have_one_size(few, schedules, rng, monkeypatch):
+    """Those of 32-bit numbers have 32 tokens however many there are, others then 64."""
+    monkeypatch.setattr(cuda_tiles, "FEW", few)
+    moe = moe_weights.moe(rng, "w4a16")
+    down = [plain_part(0.05 * rng.standard_normal((256, 128))) for _ in range(6)]
+    moe["down"] = Weight(128, tuple((part,) for part in down))
+    x = tokens(rng, 20)
+    with cuda.installed() as log:
+        weights = ops.MoeWeights.of(**moe)
+        y = gpu_calls.moe(FRONT, to_torch(x), weights, top_k=3, normalize=True)
+    assert [launch.name for launch in log].count("qmatmul_schedule") == schedules
+    assert distance(to_numpy(y), reference.moe_decode(x, moe, top_k=3)[0]) < 1e-4
 
 
 def test_a_token_that_is_no_number(rng):

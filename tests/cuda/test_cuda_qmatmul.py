@@ -15,6 +15,7 @@ from product_cases import chain_alone, one_column
 from simt import cuda
 
 from hadamoe import Instance, Rotation, Weight, cuda_tiles, gpu_calls, ops, reference
+from hadamoe.gpu_plan import Step
 from hadamoe.packed import pack
 from hadamoe.verify import bounds, cases, claims, samples
 from hadamoe.verify.samples import values
@@ -56,6 +57,8 @@ def product(x, w: Weight, expert=None, residual=None, few: int | None = None, **
         steps = cuda_tiles.qmatmul(
             len(x), r.plan, dtype, slots=slots, residual=residual is not None
         )
+        if slots:
+            steps.insert(0, Step(cuda_tiles.schedule(len(x), r.plan, slots), "tiles"))
     finally:
         cuda_tiles.FEW = before
     with cuda.installed(**MEMORY, **options) as log:
@@ -213,7 +216,7 @@ def test_prompts_go_through_tiles(rng):
         got = to_numpy(gpu_calls.product(FRONT, to_torch(x), resident(w), **arrays))
     every = (x.astype("f8") @ values(w).reshape(-1, 128).T).reshape(9, 4, -1)
     np.testing.assert_array_equal(got, np.take_along_axis(every, expert[..., None], 1))
-    names = ["moe_order", "qmatmul_tokens<3>", "qmatmul_schedule", "qmatmul<3, 32>"]
+    names = ["moe_order", "qmatmul_schedule", "qmatmul_tokens<3>", "qmatmul<3, 32>"]
     assert [launch.name for launch in log] == names
 
     turn = Rotation(128, rng.choice(np.float32([-1, 1]), 128))
