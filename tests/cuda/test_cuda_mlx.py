@@ -19,7 +19,7 @@ from hadamoe.gpu_plan import Output  # noqa: E402
 from hadamoe.verify import cases, layers  # noqa: E402
 
 pytestmark = [
-    pytest.mark.simulator,
+    pytest.mark.simulator,  # --device is torch's GPU, not MLX's
     pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
 ]
 

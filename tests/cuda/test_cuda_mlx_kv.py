@@ -16,7 +16,7 @@ from hadamoe.mlx_cache import HadamoeKVCache  # noqa: E402
 from hadamoe.mlx_static import HadamoeStaticKVCache  # noqa: E402
 
 pytestmark = [
-    pytest.mark.simulator,
+    pytest.mark.simulator,  # --device is torch's GPU, not MLX's
     pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
 ]
 D = 64

@@ -19,7 +19,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install 'hada
 from hadamoe import mlx_host  # noqa: E402
 
 pytestmark = [
-    pytest.mark.simulator,
+    pytest.mark.simulator,  # --device is torch's GPU, not MLX's
     pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
 ]
 
