@@ -10,7 +10,7 @@ import recorded
 
 from hadamoe import ops
 
-pytest.register_assert_rewrite("attention_cases", "moe_claims")
+pytest.register_assert_rewrite("attend_claims", "attention_cases", "moe_claims", "top_claims")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,6 +25,35 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_near_the_reference(name, rng, run_moe):
+    """One token and as many as decode together; mutants: one expert less, another normalisation."""
+    moe = moe_weights.moe(rng, name)
+    for count, normalize in ((1, True), (8, False)):
+        x = tokens(rng, count)
+        y = run_moe(x, moe, 3, normalize=normalize)
+        want = reference.moe_decode(x, moe, top_k=3, normalize=normalize)[0]
+        assert distance(y, want) < 3e-6
+        for top_k, other in ((2, normalize), (3, not normalize)):
+            mutant = reference.moe_decode(x, moe, top_k=top_k, normalize=other)[0]
+            assert distance(y, mutant) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["config-i", "tq-apex2", "jangtq2", "mxfp4"])
+def test_a_token_depends_on_nothing_else(name, rng, run_moe):
+    """The same bits alone, among others, again, and in whatever order threads run."""
+    moe = moe_weights.moe(rng, name)
+    x = tokens(rng, 5)
+    want = run_moe(x, moe, 3, check=False)
+    np.testing.assert_array_equal(run_moe(x[::-1].copy(), moe, 3, check=False)[::-1], want)
+    for t in (0, 4):
+        alone = run_moe(x[t : t + 1], moe, 3, check=False)
+        np.testing.assert_array_equal(alone, want[t : t + 1])
+    for schedule in ("ascending", "descending", "random"):
+        again = run_moe(x, moe, 3, check=False, schedule=schedule)
+        np.testing.assert_array_equal(again, want)
+
+
 def test_experts_of_many_kinds(rng, run_moe):
     """Every expert has other instances than the one before, gate and up too, and one has three
     parts, cut where no tile's rows are."""
@@ -96,3 +125,12 @@ def test_logits_that_are_no_numbers(bad, rng, run_moe):
     y = run_moe(x, moe, 3)
     assert np.isnan(y[1]).all()
     np.testing.assert_array_equal(y[[0, 2]], want[[0, 2]])
+
+
+def test_a_token_of_a_prompt_that_is_no_number(rng, run_moe):
+    moe, x = moe_weights.moe(rng, "config-i"), tokens(rng, 12)
+    want = run_moe(x, moe, 3)
+    x[4, 9] = np.nan
+    y = run_moe(x, moe, 3, check=True)
+    assert np.isnan(y[4]).all()
+    np.testing.assert_array_equal(np.delete(y, 4, 0), np.delete(want, 4, 0))

@@ -120,3 +120,13 @@ def nbytes(weight: Weight, experts: int) -> int:
         a for p in weight.parts[0] for a in (p.codes, p.scale, p.bias, p.codebook) if a is not None
     ]
     return experts * sum(a.nbytes for a in arrays)
+
+
+def read_by_launch(moe: dict[str, Weight], top_k: int) -> list[int]:
+    """Bytes that each of the three launches for a token needs."""
+    launches = (
+        {"router": 1, "shared_gate": 1},
+        {"gate_up": top_k, "shared_gate_up": 1},
+        {"down": top_k, "shared_down": 1},
+    )
+    return [sum(nbytes(moe[role], n) for role, n in roles.items()) for roles in launches]

@@ -28,6 +28,16 @@ MODEL = [
     (Instance("plain", 32, "f32"), 0),
 ]
 
+#: A few, each multiplied in another way, for what all of them share.
+INSTANCE = Instance("linear", 4, "bf16")
+TABLES = [
+    INSTANCE,
+    Instance("linear_signed", 8, "f32"),
+    Instance("e2m1", 4, "e8m0"),
+    Instance("codebook", 3, "f32"),
+    Instance("plain", 16, "f16"),
+]
+
 
 def signs(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.choice(np.float32([-1, 1]), n)

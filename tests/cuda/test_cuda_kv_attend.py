@@ -5,46 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from attend_claims import (  # noqa: F401
+    OTHERS,
+    OURS,
+    Token,
+    test_every_pair_of_ours,
+    test_gate,
+    test_mutants_leave_the_bound,
+)
 from cuda_cases import to_torch
 from kv_cases_cuda import Cache
 from simt import cuda
 
-from hadamoe import cuda_kv, kv_ops, reference_kv
+from hadamoe import cuda_kv
 from hadamoe.kv import CODECS, PRESETS, KVFormat, page_bytes
-from hadamoe.verify import kv_cases, kv_rounding
 from hadamoe.verify.kv_cases import Shape
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
-OURS = [KVFormat(k, v) for k in kv_cases.OURS for v in kv_cases.OURS]
-OTHERS = [codec for codec in CODECS if codec not in kv_cases.OURS]
 MIXED = [("bf16", "h4"), ("h8", "fp8"), ("turbo3", "kivi2"), ("kivi4", "turbo4"), ("affine8", "h2")]
 
 
-class Case:
-    """A cache that holds ``past`` tokens, one more token, and what attention of it is."""
-
-    def __init__(self, form: KVFormat, shape: Shape, seed: int = 0):
-        rng = np.random.default_rng([seed, CODECS[form.key], CODECS[form.value]])
-        self.form, self.shape = form, shape
-        self.layer = kv_cases.filled(rng, form, shape, 1)
-        self.q, self.k, self.v = kv_cases.tokens(rng, shape, 1)
-        self.want, _ = kv_rounding.kv_attend(self.q, self.k, self.v, self.layer, shape.past)
-        self.after = reference_kv.copied(self.layer)
-        kv_ops.kv_attend(None, self.k, self.v, self.after, shape.past)
-
-    @property
-    def proj(self) -> torch.Tensor:
-        """The token as attention's projection has it, with gates that count heads."""
-        b, _, h, d = self.q.shape
-        heads = [np.stack([self.q[:, 0], self.gate[:, 0]], 2).reshape(b, 2 * h, d), self.k[:, 0]]
-        return to_torch(np.concatenate([*heads, self.v[:, 0]], 1).reshape(b, 1, -1))
-
-    @property
-    def gate(self) -> np.ndarray:
-        return np.broadcast_to(np.linspace(-2, 2, self.q.shape[2])[:, None], self.q.shape).astype(
-            np.float32
-        )
+class Case(Token):
+    """`attend_claims.Token` through launches."""
 
     def cache(self, room: int = 0, pool: bool = False) -> Cache:
         """The layer before the token; with ``room``, that many pages of 0xFF behind."""
@@ -67,7 +50,7 @@ class Case:
         """(y ``[b, 1, h, d]``, the launches, the cache)."""
         cache = self.cache(room, pool)
         with cuda.installed(**options) as log:
-            y = cache.attend(self.proj, list(self.shape.past), gated)
+            y = cache.attend(to_torch(self.proj), list(self.shape.past), gated)
         return y.numpy().reshape(self.q.shape), log, cache
 
     def check(self, **options) -> None:
@@ -77,9 +60,9 @@ class Case:
         assert len(log) == 3  # prepare, runs, join
 
 
-@pytest.mark.parametrize("form", OURS, ids="/".join)
-def test_every_pair_of_ours(form):
-    Case(form, Shape(8, 2, 64, (331, 65), 1)).check(check=True)
+@pytest.fixture
+def token_case():
+    return Case
 
 
 @pytest.mark.parametrize("codec", OTHERS)
@@ -187,26 +170,5 @@ def test_a_batch_changes_no_bit():
     one.raw = cache.raw[:, 1:].contiguous()
     one.pages = [a[1:].contiguous() for a in cache.pages]
     with cuda.installed():
-        alone = one.attend(both.proj[1:], [300])
+        alone = one.attend(to_torch(both.proj[1:]), [300])
     np.testing.assert_array_equal(alone.numpy().reshape(y[1].shape), y[1])
-
-
-def test_gate():
-    case = Case(KVFormat("h4", "h4"), Shape(8, 2, 64, (200,), 1))
-    plain, gated = case.run()[0], case.run(gated=True)[0]
-    want = plain / (1 + np.exp(-case.gate.astype(np.float64)))
-    assert np.abs(gated - want).max() <= 4e-7 * np.abs(want).max()
-
-
-@pytest.mark.parametrize("wrong", ["length", "code", "value scale"])
-def test_mutants_leave_the_bound(wrong):
-    """The bound sees a token too few, one code of a key that matters, one scale of a value."""
-    case = Case(KVFormat("h4", "h4"), Shape(4, 1, 64, (200,), 1))
-    if wrong == "length":
-        case.shape = case.shape._replace(past=(199,))
-    if wrong == "code":
-        case.layer.key_pages[case.layer.table[0, 1]][..., :64] ^= 0x88
-    if wrong == "value scale":
-        case.layer.value_pages[case.layer.table[0, 1]][..., -127::2] ^= 4
-    y = case.run()[0]
-    assert (np.abs(y - case.want.value) > case.want.error).any()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kv_cases_cuda import codecs_of, decode, encode
+from page_cases import any_codes, rows
 from simt import cuda
 
 from hadamoe import cuda_kv, kv_ops
@@ -14,22 +15,6 @@ from hadamoe.kv import CODECS, PAGE, page_bytes
 from hadamoe.verify import kv_cases
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
-
-
-def rows(d: int, seed: int = 0) -> np.ndarray:
-    """f32 ``[3, 64, d]``: Gaussian, heavy tails with outlying columns, edge cases."""
-    rng = np.random.default_rng([seed, d])
-    return np.concatenate([kv_cases.rows_of(rng, kind, 1, d) for kind in kv_cases.ROWS])
-
-
-def any_codes(pages: np.ndarray, codec: str, d: int) -> np.ndarray:
-    """The pages with every code in every place, their scales kept."""
-    codes = np.random.default_rng(1).integers(0, 256, pages.shape, dtype=np.uint8)
-    if codec == "fp8":
-        codes[codes & 127 == 127] = 0  # NaN, which is never stored for a number
-    bits = 16 if codec == "bf16" else 8 if codec == "fp8" else int(codec[-1])
-    codes[:, PAGE * d * bits // 8 :] = pages[:, PAGE * d * bits // 8 :]
-    return codes if codec != "bf16" else pages
 
 
 def equal_to_the_cpu(codec: str, side: str, d: int, scale: float = 1.0, **options) -> None:

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from cuda_cases import to_torch
 from kv_cases_cuda import signs_of
+from page_cases import case, largest, one_code_changed
 from simt import cuda, cuda_launch
 
 from hadamoe import cuda_kv, kv_ops
-from hadamoe.kv import KEY_SEED, page_bytes, signs
-from hadamoe.reference_kv import hadamard_sum
 from hadamoe.verify import kv_cases
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
@@ -32,13 +31,6 @@ def same_integers(q: np.ndarray, pages: np.ndarray, codec: str, **options):
     return launch
 
 
-def case(codec: str, d: int, rows: int, pages: int, kind: str = "gaussian"):
-    rng = np.random.default_rng([d, rows])
-    x = kv_cases.rows_of(rng, kind, pages, d)
-    q = kv_cases.rows_of(rng, kind, 1, d)[0, :rows]
-    return q, kv_ops.kv_encode(x, codec)
-
-
 @pytest.mark.parametrize("kind", kv_cases.ROWS)
 @pytest.mark.parametrize("codec", kv_cases.OURS)
 def test_integers_of_the_cpu(codec, kind):
@@ -58,12 +50,7 @@ def test_no_freedom_of_a_compiler_changes_a_bit(codec, options):
 @pytest.mark.parametrize("codec", kv_cases.OURS)
 def test_the_largest_integers(codec):
     """Every product as large as it can be, of one sign."""
-    d = 256
-    q = hadamard_sum(np.ones((1, d), np.float32)) * signs(d, KEY_SEED)
-    q = np.concatenate([q, -q])
-    pages = np.zeros((2, page_bytes(codec, d)), np.uint8)
-    pages[0, :-128] = 255
-    same_integers(q, pages, codec)
+    same_integers(*largest(codec, 256), codec)
 
 
 @pytest.mark.parametrize("codec", kv_cases.OURS)
@@ -78,7 +65,5 @@ def test_codes_are_read_once_for_eight_queries(codec):
 
 def test_a_wrong_level_is_seen():
     """The claim can fail: a page with one code changed has other integers."""
-    q, pages = case("h4", 64, 8, 1)
-    other = pages.copy()
-    other[0, 5] ^= 16
+    q, pages, other = one_code_changed()
     assert (scores(q, other, "h4")[0][2] != kv_ops.kv_scores(q, pages, "h4")[2]).any()

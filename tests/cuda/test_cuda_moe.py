@@ -9,13 +9,14 @@ from cuda_cases import FRONT, to_numpy, to_torch
 from moe_claims import (  # noqa: F401
     distance,
     test_a_shared_expert_of_another_width,
+    test_a_token_depends_on_nothing_else,
     test_an_inner_state_that_is_padded,
     test_equal_logits_take_the_lower_expert,
     test_experts_of_many_kinds,
     test_logits_that_are_no_numbers,
+    test_near_the_reference,
     tokens,
 )
-from moe_weights import LAYERS
 from simt import cuda
 
 from hadamoe import gpu_calls, ops, reference
@@ -62,20 +63,6 @@ def test_bound(inst, monkeypatch):
         claims.compare(case, (y[0] * np.float32(1 + 2.0**-8),))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_near_the_reference(name, rng):
-    """One token and as many as decode together; mutants: one expert less, another normalisation."""
-    moe = moe_weights.moe(rng, name)
-    for count, normalize in ((1, True), (8, False)):
-        x = tokens(rng, count)
-        y = run(x, moe, 3, normalize=normalize)
-        want = reference.moe_decode(x, moe, top_k=3, normalize=normalize)[0]
-        assert distance(y, want) < 3e-6
-        for top_k, other in ((2, normalize), (3, not normalize)):
-            mutant = reference.moe_decode(x, moe, top_k=top_k, normalize=other)[0]
-            assert distance(y, mutant) > 1e-4
-
-
 @pytest.mark.parametrize("name", ["config-i", "tq-apex2", "jangtq2"])
 def test_block(name, rng):
     """The norm in front and the residual behind are inside; three launches."""
@@ -98,18 +85,3 @@ def test_as_many_experts_as_a_warp_has_lanes(rng):
 
 def test_no_tokens(rng):
     assert run(tokens(rng, 0), moe_weights.moe(rng, "config-i"), 3).shape == (0, 256)
-
-
-@pytest.mark.parametrize("name", ["config-i", "tq-apex2", "jangtq2", "mxfp4"])
-def test_a_token_depends_on_nothing_else(name, rng):
-    """The same bits alone, among others, again, and in whatever order threads run."""
-    moe = moe_weights.moe(rng, name)
-    x = tokens(rng, 5)
-    want = run(x, moe, 3, check=False)
-    np.testing.assert_array_equal(run(x[::-1].copy(), moe, 3, check=False)[::-1], want)
-    for t in (0, 4):
-        alone = run(x[t : t + 1], moe, 3, check=False)
-        np.testing.assert_array_equal(alone, want[t : t + 1])
-    for schedule in ("ascending", "descending", "random"):
-        again = run(x, moe, 3, check=False, schedule=schedule)
-        np.testing.assert_array_equal(again, want)

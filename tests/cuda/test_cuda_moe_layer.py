@@ -26,16 +26,8 @@ def test_a_layer_of_the_model(name):
         y = to_numpy(gpu_calls.moe(FRONT, to_torch(x), moe, **sizes))
     want = ops.moe_block(x, norm, moe, top_k=8)  # reference.py would unpack all 256 experts
     assert np.linalg.norm(y - want) < 3e-6 * np.linalg.norm(want)
-    read = [
-        sum(moe_weights.nbytes(weights[r], n) for r, n in roles.items())
-        for roles in (
-            {"router": 1, "shared_gate": 1},
-            {"gate_up": 8, "shared_gate_up": 1},
-            {"down": 8, "shared_down": 1},
-        )
-    ]
     assert len(log) == 3
-    for launch, least in zip(log, read, strict=True):
+    for launch, least in zip(log, moe_weights.read_by_launch(weights, 8), strict=True):
         # every lane reads the scales and the codebook it needs, mostly from the nearest cache
         assert least <= launch.traffic["words"][0] <= 1.8 * least
         assert launch.threadgroup_bytes <= 48 * 1024

@@ -6,6 +6,11 @@ import moe_weights
 import numpy as np
 import pytest
 from cuda_cases import FRONT, to_numpy, to_torch
+from moe_claims import (  # noqa: F401
+    distance,
+    test_a_token_of_a_prompt_that_is_no_number,
+    tokens,
+)
 from moe_weights import LAYERS
 from simt import cuda
 
@@ -21,10 +26,6 @@ def rng():
     return np.random.default_rng(9)
 
 
-def tokens(rng, count: int, hidden: int = 256) -> np.ndarray:
-    return rng.standard_normal((count, hidden)).astype(np.float32)
-
-
 def run(x, moe, top_k=3, norm=None, **options):
     gamma = norm if norm is None else (to_torch(norm), 1e-6)
     with cuda.installed(**options):
@@ -33,8 +34,9 @@ def run(x, moe, top_k=3, norm=None, **options):
         return to_numpy(gpu_calls.moe(FRONT, to_torch(x), weights, **sizes))
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
+@pytest.fixture
+def run_moe():
+    return run
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -74,15 +76,6 @@ def test_one_schedule_where_tiles_have_one_size(few, schedules, rng, monkeypatch
         y = gpu_calls.moe(FRONT, to_torch(x), weights, top_k=3, normalize=True)
     assert [launch.name for launch in log].count("qmatmul_schedule") == schedules
     assert distance(to_numpy(y), reference.moe_decode(x, moe, top_k=3)[0]) < 1e-4
-
-
-def test_a_token_that_is_no_number(rng):
-    moe, x = moe_weights.moe(rng, "config-i"), tokens(rng, 12)
-    want = run(x, moe)
-    x[4, 9] = np.nan
-    y = run(x, moe, check=True)
-    assert np.isnan(y[4]).all()
-    np.testing.assert_array_equal(np.delete(y, 4, 0), np.delete(want, 4, 0))
 
 
 def test_longer_than_a_piece(rng, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_cases import FRONT, to_numpy, to_torch
-from product_cases import chain_alone, one_column
+from product_cases import INSTANCE, TABLES, chain_alone, one_column
 from simt import cuda
 
 from hadamoe import Instance, Rotation, Weight, cuda_tiles, gpu_calls, ops, reference
@@ -22,14 +22,6 @@ from hadamoe.verify.samples import values
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
-INSTANCE = Instance("linear", 4, "bf16")
-TABLES = [
-    INSTANCE,
-    Instance("linear_signed", 8, "f32"),
-    Instance("e2m1", 4, "e8m0"),
-    Instance("codebook", 3, "f32"),
-    Instance("plain", 16, "f16"),
-]
 MEMORY = {"threadgroup_limit": cuda_tiles.SHARED}
 
 

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from attend_claims import (  # noqa: F401
+    OTHERS,
+    OURS,
+    Token,
+    test_every_pair_of_ours,
+    test_gate,
+    test_mutants_leave_the_bound,
+)
 from simt import metal
 
-from hadamoe import kv_ops, metal_plan, mlx_gpu_kv, reference_kv
-from hadamoe.kv import CODECS, PRESETS, KVFormat, page_bytes
-from hadamoe.verify import kv_cases, kv_rounding
+from hadamoe import metal_plan, mlx_gpu_kv
+from hadamoe.kv import PRESETS, KVFormat, page_bytes
 from hadamoe.verify.kv_cases import Shape
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
 
-OURS = [KVFormat(k, v) for k in kv_cases.OURS for v in kv_cases.OURS]
-OTHERS = [codec for codec in CODECS if codec not in kv_cases.OURS]
 #: Files of codecs, as keys and as values.
 FAMILIES = ("", "_turbo", "_line", "_plain")
 VARIANTS = list(metal.variants())
 
 
-class Case:
-    """A cache that holds ``past`` tokens, one more token, and what attention of it is."""
+class Case(Token):
+    """`attend_claims.Token` on the simulated device, where the token's page is full already."""
 
-    def __init__(self, form: KVFormat, shape: Shape, seed: int = 0):
-        rng = np.random.default_rng([seed, CODECS[form.key], CODECS[form.value]])
-        self.form, self.shape = form, shape
-        layer = kv_cases.filled(rng, form, shape, 1)
-        self.q, self.k, self.v = kv_cases.tokens(rng, shape, 1)
-        self.want, _ = kv_rounding.kv_attend(self.q, self.k, self.v, layer, shape.past)
-        self.layer = reference_kv.copied(layer)
-        kv_ops.kv_attend(None, self.k, self.v, self.layer, shape.past)
-
-    @property
-    def proj(self) -> mx.array:
-        """The token as attention's projection has it, with gates that count heads."""
-        b, _, h, d = self.q.shape
-        heads = [np.stack([self.q[:, 0], self.gate[:, 0]], 2).reshape(b, 2 * h, d), self.k[:, 0]]
-        return mx.array(np.concatenate([*heads, self.v[:, 0]], 1).reshape(b, 1, -1))
-
-    @property
-    def gate(self) -> np.ndarray:
-        return np.broadcast_to(np.linspace(-2, 2, self.q.shape[2])[:, None], self.q.shape).astype(
-            np.float32
-        )
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.layer = self.after
 
     def arrays(self, room: int = 0) -> tuple[mx.array, list[mx.array]]:
         """Raw tokens and pages as the kernels take them, ``room`` more pages of 0xFF behind."""
@@ -68,9 +57,10 @@ class Case:
         raw, pages = self.arrays(room)
         lengths = mx.array([n + 1 for n in self.shape.past])
         fp8 = {} if self.layer.scales is None else {"scales": tuple(map(float, self.layer.scales))}
+        proj = mx.array(self.proj)
         with metal.installed(**options) as log:
-            token = mlx_gpu_kv.prepare(self.proj, (h, g), d, None, None, 0, form=self.form, **fp8)
-            fp8["gate"] = self.proj if gated else None
+            token = mlx_gpu_kv.prepare(proj, (h, g), d, None, None, 0, form=self.form, **fp8)
+            fp8["gate"] = proj if gated else None
             y = mlx_gpu_kv.attend(token, raw, pages, lengths, self.form, skip=0, **fp8)
         return np.array(y).reshape(b, 1, h, d), log
 
@@ -84,9 +74,9 @@ class Case:
             assert launch.threadgroup[0] <= 256
 
 
-@pytest.mark.parametrize("form", OURS, ids="/".join)
-def test_every_pair_of_ours(form):
-    Case(form, Shape(8, 2, 64, (331, 65), 1)).check(check=True)
+@pytest.fixture
+def token_case():
+    return Case
 
 
 @pytest.mark.parametrize(
@@ -129,13 +119,6 @@ def test_room_behind_the_pages_is_not_read():
     assert log[1].traffic["key_pages"].read == seen * page_bytes("h4", 64)
 
 
-def test_gate():
-    case = Case(KVFormat("h4", "h4"), Shape(8, 2, 64, (200,), 1))
-    plain, gated = case.run()[0], case.run(gated=True)[0]
-    want = plain / (1 + np.exp(-case.gate.astype(np.float64)))
-    assert np.abs(gated - want).max() <= 4e-7 * np.abs(want).max()
-
-
 @pytest.mark.parametrize(
     "preset", ["hk4v3", "hk8v8", "turbo4v2", "turbo3", "fp8", "affine4", "kivi2"]
 )
@@ -148,20 +131,6 @@ def test_pages_are_read_once_for_all_heads(preset):
     traffic = log[1].traffic
     for name, codec in zip(("key_pages", "value_pages"), form, strict=True):
         assert traffic[name].read == 2 * 31 * page_bytes(codec, 256)  # 33 pages less page 0 and own
-
-
-@pytest.mark.parametrize("wrong", ["length", "code", "value scale"])
-def test_mutants_leave_the_bound(wrong):
-    """The bound sees a token too few, one code of a key that matters, one scale of a value."""
-    case = Case(KVFormat("h4", "h4"), Shape(4, 1, 64, (200,), 1))
-    if wrong == "length":
-        case.shape = case.shape._replace(past=(199,))
-    if wrong == "code":
-        case.layer.key_pages[case.layer.table[0, 1]][..., :64] ^= 0x88
-    if wrong == "value scale":
-        case.layer.value_pages[case.layer.table[0, 1]][..., -127::2] ^= 4
-    y, _ = case.run()
-    assert (np.abs(y - case.want.value) > case.want.error).any()
 
 
 @pytest.mark.parametrize("values", FAMILIES)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from page_cases import any_codes, rows
 from simt import metal
 
-from hadamoe import kv_ops, metal_kv, metal_plan, mlx_gpu_kv, mlx_kv
+from hadamoe import kv_ops, metal_plan, mlx_gpu_kv, mlx_kv
 from hadamoe.kv import CODECS, PAGE, page_bytes
 from hadamoe.verify import kv_cases
 
@@ -15,22 +16,6 @@ pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.mi
 
 VARIANTS = list(metal.variants())
 DTYPES = {"float32": np.float32, "float16": np.float16}
-
-
-def rows(d: int, seed: int = 0) -> np.ndarray:
-    """f32 ``[3, 64, d]``: Gaussian, heavy tails with outlying columns, edge cases."""
-    rng = np.random.default_rng([seed, d])
-    return np.concatenate([kv_cases.rows_of(rng, kind, 1, d) for kind in kv_cases.ROWS])
-
-
-def any_codes(pages: np.ndarray, codec: str, d: int) -> np.ndarray:
-    """The pages with every code in every place, their scales kept."""
-    codes = np.random.default_rng(1).integers(0, 256, pages.shape, dtype=np.uint8)
-    if codec == "fp8":
-        codes[codes & 127 == 127] = 0  # NaN, which is never stored for a number
-    scales = page_bytes(codec, d) - metal_kv.code_bytes(codec, d)
-    codes[:, codes.shape[1] - scales :] = pages[:, codes.shape[1] - scales :]
-    return codes if codec != "bf16" else pages
 
 
 def equal_to_the_cpu(codec: str, side: str, d: int, scale: float = 1.0, **options) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from page_cases import case, largest, one_code_changed
 from simt import metal
 
 from hadamoe import kv_ops, metal_plan, mlx_gpu_kv
-from hadamoe.kv import KEY_SEED, page_bytes, signs
-from hadamoe.reference_kv import hadamard_sum
 from hadamoe.verify import kv_cases
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
@@ -25,13 +24,6 @@ def same_integers(q: np.ndarray, pages: np.ndarray, codec: str, **options):
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
     return log[0]
-
-
-def case(codec: str, d: int, rows: int, pages: int, kind: str = "gaussian"):
-    rng = np.random.default_rng([d, rows])
-    x = kv_cases.rows_of(rng, kind, pages, d)
-    q = kv_cases.rows_of(rng, kind, 1, d)[0, :rows]
-    return q, kv_ops.kv_encode(x, codec)
 
 
 @pytest.mark.parametrize("kind", kv_cases.ROWS)
@@ -57,12 +49,7 @@ def test_every_variant(codec):
 @pytest.mark.parametrize("codec", kv_cases.OURS)
 def test_the_largest_integers(codec):
     """Every product as large as it can be, of one sign: still below 2^24 at 512 columns."""
-    d = 512
-    q = hadamard_sum(np.ones((1, d), np.float32)) * signs(d, KEY_SEED)
-    q = np.concatenate([q, -q])
-    pages = np.zeros((2, page_bytes(codec, d)), np.uint8)
-    pages[0, :-128] = 255
-    same_integers(q, pages, codec)
+    same_integers(*largest(codec, 512), codec)
 
 
 @pytest.mark.parametrize("codec", kv_cases.OURS)
@@ -75,9 +62,7 @@ def test_codes_are_read_once_for_eight_queries(codec):
 
 def test_a_wrong_level_is_seen():
     """The claim can fail: a page with one code changed has other integers."""
-    q, pages = case("h4", 64, 8, 1)
-    other = pages.copy()
-    other[0, 5] ^= 16
+    q, pages, other = one_code_changed()
     with metal.installed():
         got = mlx_gpu_kv.kv_scores(mx.array(q), mx.array(other), "h4")[2]
     assert (np.array(got) != kv_ops.kv_scores(q, pages, "h4")[2]).any()

@@ -6,21 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_cases import check, to_numpy
+from product_cases import INSTANCE, TABLES
 from simt import metal
 
 from hadamoe import Instance, Weight, ops, reference
 from hadamoe.verify import bounds, cases, samples
 
 pytestmark = pytest.mark.skipif(metal.missing() is not None, reason=str(metal.missing()))
-
-INSTANCE = Instance("linear", 4, "bf16")
-TABLES = [
-    INSTANCE,
-    Instance("linear_signed", 8, "f32"),
-    Instance("e2m1", 4, "e8m0"),
-    Instance("codebook", 3, "f32"),
-    Instance("plain", 16, "f16"),
-]
 
 
 @pytest.fixture

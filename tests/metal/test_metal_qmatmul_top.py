@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx_cases import check, to_numpy
 from simt import metal
+from top_claims import test_ties_and_numbers_that_are_none, wanted  # noqa: F401
 
 from hadamoe import Instance, metal_products, mlx_gpu, mlx_gpu_products, ops
 from hadamoe.verify import layers, samples
@@ -20,38 +21,23 @@ def test_cases(case):
         check(case)
 
 
-def largest(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    index = None
-    values = mx.array(x)
-    for launch in metal_products.largest(*x.shape, top):
-        values, index = mlx_gpu.run(launch, {"x": values, "from": index})
-    return to_numpy((values, index))
+def run(x: np.ndarray, top: int, **options):
+    index, values = None, mx.array(x)
+    with metal.installed(**options) as log:
+        for launch in metal_products.largest(*x.shape, top):
+            values, index = mlx_gpu.run(launch, {"x": values, "from": index})
+        return to_numpy((values, index)), log
 
 
-def wanted(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    x = np.where(np.isnan(x), -np.inf, x)
-    order = np.argsort(-x, -1, kind="stable")[:, :top]
-    return np.take_along_axis(x, order, -1), order
-
-
-@pytest.mark.parametrize(("columns", "top"), [(9, 9), (4097, 5), (300, 64), (70000, 64)])
-def test_ties_and_numbers_that_are_none(columns, top):
-    rng = np.random.default_rng(columns)
-    x = rng.integers(0, 50, (2, columns)).astype("f4")
-    x[:, ::3] = np.nan
-    x[0, 1::3] = -np.inf
-    with metal.installed(check=columns < 5000) as log:
-        got = largest(x, top)
-    for a, b in zip(got, wanted(x, top), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert len(log) == (1 if columns <= 4096 else 2)
+@pytest.fixture
+def run_largest():
+    return run
 
 
 @pytest.mark.parametrize("variant", list(metal.variants()), ids=str)
 def test_variants(variant):
     x = np.random.default_rng(1).integers(0, 9, (1, 5000)).astype("f4")
-    with metal.installed(**variant):
-        got = largest(x, 4)
+    got, _ = run(x, 4, **variant)
     np.testing.assert_array_equal(got[1], wanted(x, 4)[1])
 
 
