@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +40,9 @@ CHECKED = [
 class _Parameter(C.Structure):
     """Parameter of include/cuda/simt_cuda/call.h."""
 
-    _fields_ = (("kind", C.c_char), ("size", C.c_uint32))
+    _fields_ = (
+        ("kind", C.c_char), ("size", C.c_uint32), ("item", C.c_char), ("item_size", C.c_uint32)
+    )  # fmt: skip
 
 
 @cache
@@ -136,6 +138,11 @@ class Kernel:
         if count > MAX_PARAMETERS:
             raise ValueError(f"{name}: {count} parameters, {MAX_PARAMETERS} is the limit here")
         self.parameters = [(p.kind.decode(), p.size) for p in described[:count]]
+        self.items = [(p.item.decode(), p.item_size) for p in described[:count]]
+
+    def function(self, name: str) -> Callable[[], int]:
+        """An ``extern "C"`` function of the source."""
+        return getattr(self._library, name)
 
     def __call__(
         self,
@@ -151,8 +158,9 @@ class Kernel:
         """Runs `kernel<<<grid, block, shared>>>(arguments)`.
 
         An argument is a C-contiguous array for a pointer (copied back if it points to non-const),
-        a number, or for a struct an array of its bytes. ``outputs``: positions of arrays that start
-        undefined. ``names`` are for findings and traffic. ``options`` go to core.launch.
+        None for a null pointer, a number, or for a struct an array of its bytes. ``outputs``:
+        positions of arrays that start undefined. ``names`` are for findings and traffic.
+        ``options`` go to core.launch.
         """
         if len(arguments) != len(self.parameters):
             raise ValueError(
@@ -168,6 +176,9 @@ class Kernel:
             ):
                 if kind not in "pc":
                     values.append(self._value(i, argument, kind, size))
+                    continue
+                if argument is None:
+                    values.append(C.c_uint64(0))
                     continue
                 array = self._array(i, argument)
                 address = memory.alloc(max(array.nbytes, 1)) if i in fresh else memory.put(array)

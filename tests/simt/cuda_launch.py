@@ -19,17 +19,6 @@ from .cuda_kernel import Kernel, compile_kernel
 from .toolchain import HERE
 
 FOLDER = HERE.parent.parent / "cuda"
-_TYPES = {
-    "float32": "float",
-    "float16": "__half",
-    "bfloat16": "__nv_bfloat16",
-    "int64": "long long",
-    "int32": "int",
-    "uint32": "unsigned int",
-    "int8": "signed char",
-    "uint8": "unsigned char",
-    "bool": "bool",
-}
 
 
 @cache
@@ -41,29 +30,40 @@ def compiled() -> tuple[str, ...]:
 
 
 @cache
-def _kernel(
-    file: str, name: str, arrays: tuple[tuple[str | None, bool], ...], sizes: tuple[type, ...],
-    threads: int, check: bool, contract: bool, warpgroups: bool,
-) -> Kernel:  # fmt: skip
-    """arrays: element type or None for an absent one, whether it is written."""
-    parameters, arguments = [], []
-    for i, (dtype, written) in enumerate(arrays):
-        if dtype is None:
-            arguments.append("nullptr")
-            continue
-        parameters.append(f"{'' if written else 'const '}{_TYPES[dtype]}* a{i}")
-        arguments.append(f"a{i}")
-    for i, kind in enumerate(sizes):
-        parameters.append(f"{kind.__name__} s{i}")
-        arguments.append(f"s{i}")
+def _kernel(file: str, name: str, check: bool, contract: bool, warpgroups: bool) -> Kernel:
+    """A kernel, compiled once for all launches as it is for a GPU: absent arrays are null then."""
     text = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" if warpgroups else ""
-    text += (
-        f'#include "{file}.cuh"\n'
-        f"static_assert({threads} <= hm::{name}::THREADS);\n"
-        f"__global__ void entry({', '.join(parameters)}) {{\n"
-        f"  hm::{name}::run({', '.join(arguments)});\n}}\n"
-    )
-    return compile_kernel(text, "entry", [FOLDER], check=check, contract=contract)
+    text += f'#include "{file}.cuh"\n'
+    text += f'extern "C" int most_threads() {{ return hm::{name}::THREADS; }}\n'
+    return compile_kernel(text, f"hm::{name}::run", [FOLDER], check=check, contract=contract)
+
+
+def _fits(launch: Any, kernel: Kernel, arrays: Sequence[torch.Tensor | None]) -> None:
+    """Holds a plan to the signature of its kernel, which `_cuda` takes on trust.
+
+    Raises:
+        TypeError: an array or a size has another type. ValueError: too many threads.
+    """
+    most = kernel.function("most_threads")()
+    if launch.threads > most:
+        raise ValueError(f"{launch.name}: {launch.threads} threads, its THREADS are {most}")
+    names = [*launch.inputs, *(out.name for out in launch.outputs)]
+    for i, (name, tensor) in enumerate(zip(names, arrays, strict=True)):
+        kind, (item, size) = kernel.parameters[i][0], kernel.items[i]
+        if kind != ("c" if i < len(launch.inputs) else "p"):
+            raise TypeError(f"{launch.name}: {name} is no array that it reads, or writes")
+        if tensor is None or item == "v":
+            continue
+        wanted = item == "i", size
+        if wanted != (not tensor.is_floating_point(), tensor.element_size()):
+            raise TypeError(
+                f"{launch.name}: {name} is {tensor.dtype}, needs {size} bytes of {item}"
+            )
+    for (name, size), (kind, _) in zip(
+        launch.sizes.items(), kernel.parameters[len(names) :], strict=True
+    ):
+        if kind != ("f" if isinstance(size, float) else "i"):
+            raise TypeError(f"{launch.name}: {name} is {type(size).__name__}, needs {kind}")
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
@@ -94,21 +94,18 @@ def run(launch: Any, arrays: Mapping[str, torch.Tensor | Sequence[int]]) -> list
     for out in launch.outputs:
         given = arrays.get(out.name)
         if given is None:
-            fresh.append(len(inputs) + len(outputs))
+            fresh.append(len(launch.inputs) + len(outputs))
             given = torch.zeros(out.shape, dtype=getattr(torch, out.dtype))
         outputs.append(given)
     present = iter(inputs)
-    kinds = [(_name(next(present)) if there else None, False) for there in launch.inputs.values()]
-    kinds += [(_name(out), True) for out in outputs]
+    every = [*(next(present) if there else None for there in launch.inputs.values()), *outputs]
+    kernel = _kernel(launch.file, launch.name, options.check, options.contract, options.warpgroups)
+    _fits(launch, kernel, every)
     sizes = tuple(launch.sizes.values())
-    kernel = _kernel(
-        launch.file, launch.name, tuple(kinds), tuple(map(type, sizes)), launch.threads,
-        options.check, options.contract, options.warpgroups,
-    )  # fmt: skip
-    names = [*launch.present, *(out.name for out in launch.outputs), *launch.sizes]
+    names = [*launch.inputs, *(out.name for out in launch.outputs), *launch.sizes]
     threads = (launch.threads, 1, 1)
     result = kernel(
-        [*map(_numbers, (*inputs, *outputs)), *map(_size, sizes)],
+        [*(a if a is None else _numbers(a) for a in every), *map(_size, sizes)],
         launch.groups,
         threads,
         launch.shared,
@@ -125,10 +122,6 @@ def run(launch: Any, arrays: Mapping[str, torch.Tensor | Sequence[int]]) -> list
     if result.findings and options.findings == "raise":
         raise core.CheckError(launch.name, result.findings)
     return outputs
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _size(value: int | float) -> Any:

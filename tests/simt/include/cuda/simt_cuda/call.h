@@ -4,16 +4,25 @@
 
 namespace simt_cuda {
 // What Python has to know of a parameter: p pointer, c pointer to const, f float, i integer,
-// o anything else; and its size.
+// o anything else; and its size. Of what a pointer points to: f, i, o or v for void; and its size.
 struct Parameter {
   char kind;
   uint32_t size;
+  char item;
+  uint32_t item_size;
 };
+template <class T> constexpr char number_kind() {
+  return std::is_floating_point<T>::value ? 'f' : std::is_integral<T>::value ? 'i' : 'o';
+}
 template <class T> constexpr Parameter described() {
-  if (std::is_pointer<T>::value)
-    return {std::is_const<std::remove_pointer_t<T>>::value ? 'c' : 'p', sizeof(T)};
-  if (std::is_floating_point<T>::value) return {'f', sizeof(T)};
-  return {std::is_integral<T>::value ? 'i' : 'o', sizeof(T)};
+  if constexpr (std::is_pointer<T>::value) {
+    using Item = std::remove_pointer_t<T>;
+    const char kind = std::is_const<Item>::value ? 'c' : 'p';
+    if constexpr (std::is_void<Item>::value) return {kind, sizeof(T), 'v', 0};
+    else return {kind, sizeof(T), number_kind<std::remove_cv_t<Item>>(), sizeof(Item)};
+  } else {
+    return {number_kind<T>(), sizeof(T), 'v', 0};
+  }
 }
 // Writes at most `room` parameters; how many there are.
 template <class... P> int describe(void (*)(P...), Parameter* out, int room) {
