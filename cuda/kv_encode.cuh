@@ -19,25 +19,25 @@ struct kv_encode {
   }
 };
 
-// Pages [pages, bytes] to the rows they stand for, [pages, 64, D]. Meaning: kv_ops.kv_decode. Blocks: (pages). With a table
-// pages are [places, groups, bytes], rows [b, groups, pages, 64, D], blocks (pages, groups, b), and a page that has no place
-// is zeros.
+// Pages [pages, bytes] to the rows they stand for, [pages, 64, D]; a warp has a row. Meaning: kv_ops.kv_decode. Blocks:
+// (8 pages). With a table pages are [places, groups, bytes], rows [b, groups, pages, 64, D], blocks (8 pages, groups, b), and a
+// page that has no place is zeros. No loop over rows: NVRTC makes one for each codec and dtype of it, which takes minutes.
 template <int D>
 struct kv_decode {
-  static constexpr int THREADS = 256;
+  static constexpr int THREADS = 256, ROWS = THREADS / 32, PIECES = PAGE / ROWS;
   static __device__ void run(const unsigned char* pages, const float* signs, const float* book, const int* table, void* rows,
                              int codec, int values, float scale, int dtype) {
     const Side side{codec, values, signs, book, scale};
-    const size_t to = (size_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const uint p = blockIdx.x / PIECES, count = gridDim.x / PIECES, token = blockIdx.x % PIECES * ROWS + warp_index();
+    const size_t to = (size_t(blockIdx.z) * gridDim.y + blockIdx.y) * count + p, row = (to * PAGE + token) * D;
     wait_for_previous();
-    const int place = table ? table[blockIdx.z * gridDim.x + blockIdx.x] : 0;
+    const int place = table ? table[blockIdx.z * count + p] : 0;
     const size_t from = table ? size_t(place) * gridDim.y + blockIdx.y : to;
     if (place < 0) {
-      for (uint i = threadIdx.x; i < PAGE * D; i += THREADS) store_number(rows, to * PAGE * D + i, dtype, 0.0f);
+      EACH(i, D / 32) store_number(rows, row + lane_index() + 32 * i, dtype, 0.0f);
       return;
     }
-    const uint* page = reinterpret_cast<const uint*>(pages) + from * page_words(codec, D);
-    for (uint t = warp_index(); t < PAGE; t += THREADS / 32) decode_row<D>(side, page, t, rows, (to * PAGE + t) * D, dtype);
+    decode_row<D>(side, reinterpret_cast<const uint*>(pages) + from * page_words(codec, D), token, rows, row, dtype);
   }
 };
 

@@ -42,7 +42,7 @@ struct kv_join {
     const size_t first = (size_t(b) * groups + h / heads) * slots * heads + h % heads;
     const float4* raw = reinterpret_cast<const float4*>(sums) + first;
     const float4* coded = raw + RAW_PARTS * heads;
-    float most = -INFINITY, total = 0.0f, spread = 0.0f;
+    float most = -infinity(), total = 0.0f, spread = 0.0f;
     if (threadIdx.x < 32) {
       for (uint i = lane; i < count; i += 32) most = fmaxf(most, coded[i * heads].x);
       most = warp_max(most);
@@ -69,7 +69,7 @@ struct kv_join {
     float v[N];
     columns(rows, v);
     if (count) uncode(v, noise, spread, signs);
-    const float4 ends[2] = {own ? raw[0] : make_float4(-INFINITY, 0.0f, 0.0f, 0.0f), raw[heads]};
+    const float4 ends[2] = {own ? raw[0] : make_float4(-infinity(), 0.0f, 0.0f, 0.0f), raw[heads]};
     const float peak = fmaxf(most, fmaxf(ends[0].x, ends[1].x)), coded_by = count ? expf(most - peak) : 0.0f;
     float all = total * coded_by;
     EACH(i, N) v[i] *= coded_by;

@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_scores(RunMemory<D>& m, uint unit, const P
     float s[4];
     EACH(i, 4) {
       const float v = float(sums[i / 2][i % 2 * 2 + h]) * scale[i] * m.factors[head + h];
-      s[i] = token + i < count ? v : -INFINITY;
+      s[i] = token + i < count ? v : -infinity();
     }
     float* to = m.scores + (head + h) * SCORE_ROW + unit / 2 * PAGE + token;
     *reinterpret_cast<float4*>(to) = make_float4(s[0], s[1], s[2], s[3]);
@@ -187,7 +187,7 @@ __device__ __forceinline__ void attend_run(RunMemory<D>& m, const Span& span, co
     if (p < span.end) {
       score<D, KEY>(m, unit, keys, keys.at(p), p + 1 < span.end ? PAGE : span.count);
     } else {
-      EACH(i, 8) m.scores[i * SCORE_ROW + unit * 32 + lane_index()] = -INFINITY;
+      EACH(i, 8) m.scores[i * SCORE_ROW + unit * 32 + lane_index()] = -infinity();
     }
   }
   weigh<D, VALUE>(m, span, values, worth, o);

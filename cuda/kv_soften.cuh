@@ -46,7 +46,7 @@ template <int D>
 __device__ __forceinline__ void soften(RunMemory<D>& m, uint head, bool first, bool ours, float worth) {
   const uint lane = lane_index();
   float2 s[RUN];
-  float most = first ? -INFINITY : m.most[head], total = 0.0f, squares = 0.0f;
+  float most = first ? -infinity() : m.most[head], total = 0.0f, squares = 0.0f;
   const float before = most;
   EACH(p, RUN) {
     s[p] = *reinterpret_cast<const float2*>(m.scores + head * SCORE_ROW + p * PAGE + 2 * lane);

@@ -12,7 +12,7 @@ struct largest {
   static __device__ void run(const float* x, const int* from, float* values, int* index, int columns, int top) {
     constexpr int COUNT = PIECE / THREADS, WARPS_OF = THREADS / 32;
     constexpr uint NOWHERE = 0x7fffffffu;
-    constexpr float NOTHING = -__builtin_huge_valf();
+    const float NOTHING = -infinity();
     __shared__ float best_value[2 * WARPS_OF];
     __shared__ uint best_place[2 * WARPS_OF];
     const size_t row = size_t(blockIdx.y) * columns;

@@ -64,7 +64,7 @@ def decode(
     """
     placed = not isinstance(pages, int)
     shape = pages if placed else (pages,)
-    groups = (shape[2], shape[1], shape[0]) if placed else (pages, 1, 1)
+    groups = (8 * shape[2], shape[1], shape[0]) if placed else (8 * pages, 1, 1)
     sizes = {"codec": CODECS[codec], "values": int(side == "value"), "scale": float(scale)}
     inputs = {"pages": True, "signs": rotated(codec), "book": codec.startswith("turbo")}
     return Launch(

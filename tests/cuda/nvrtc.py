@@ -33,7 +33,7 @@ def _library() -> C.CDLL:
     return C.CDLL(str(lib / "libnvrtc.so.13"))
 
 
-def compile_text(text: str, name: str, architecture: str = "90a") -> str:
+def compile_text(text: str, name: str, architecture: str = "sm_90a") -> str:
     """The PTX of a text of `mx.fast.cuda_kernel`, with the options of MLX's jit_module.cpp.
 
     Raises:
@@ -50,7 +50,7 @@ def compile_text(text: str, name: str, architecture: str = "90a") -> str:
         assert nvrtc.nvrtcAddNameExpression(program, expression) == 0
         options = [
             b"--device-as-default-execution-space",
-            f"--gpu-architecture=sm_{architecture}".encode(),
+            f"--gpu-architecture={architecture}".encode(),
             f"--include-path={folder()}/include/cccl".encode(),
             f"--include-path={folder()}/include".encode(),
         ]
