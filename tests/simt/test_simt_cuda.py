@@ -205,3 +205,15 @@ def test_half_types_round_once():
         assert (out[:, 2] == exact.astype(np.float16)).mean() > 0.999
     word = a.astype("f4").view(np.uint32)
     assert np.array_equal(wide, (word + 0x7FFF + (word >> 16 & 1)) >> 16)
+
+
+def test_products_join_sums_as_nvcc_joins_them():
+    """(1 + 2^-12)^2 - (1 + 2^-11) is 2^-24, or 0 where the product is rounded first."""
+    source = "__global__ void k(const float* x, float* y) { *y = x[0] * x[0] - x[1]; }"
+    x, found = np.float32([1 + 2**-12, 1 + 2**-11]), []
+    for contract in (True, False):
+        y = np.zeros(1, np.float32)
+        kernel = compile_kernel(source, "k", contract=contract)
+        kernel([x, y], (1, 1, 1), (1, 1, 1), outputs=[1])
+        found.append(float(y[0]))
+    assert found == [2.0**-24, 0]
