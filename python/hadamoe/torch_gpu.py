@@ -140,7 +140,8 @@ def moe_decode(front: FrontOf, x: Tensor, *arguments: Any) -> tuple[Tensor, Tens
     weights = _moe(x, arrays[:4], arrays[4:], buffers, (hidden_block, inner_block), rotated)
     y = gpu_calls.moe(front(x), x.float(), weights, top_k=top_k, normalize=normalize)
     unknown = x.new_full((x.numel() // x.shape[-1], top_k), float("nan"), dtype=torch.float32)
-    return y.to(x.dtype), torch.full_like(unknown, -1, dtype=torch.int32), unknown
+    y = y.to(x.dtype, copy=not len(unknown))  # of no tokens y is x, which none may return
+    return y, torch.full_like(unknown, -1, dtype=torch.int32), unknown
 
 
 def gated_delta(front: FrontOf, proj: Tensor, *arguments: Any) -> Tensor:

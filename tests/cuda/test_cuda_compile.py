@@ -15,7 +15,7 @@ from simt import cuda, cuda_graph
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch_calls import N, Small, op_calls, operator_calls, small_arguments
+from torch_calls import K, N, Small, op_calls, operator_calls, small_arguments
 
 from hadamoe import torch_cuda
 
@@ -115,6 +115,14 @@ def test_an_operator(name, backend, on_cuda):
     equal(got, want)
     equal(tensors(traced), tensors(eager))  # states are written
     assert [launch.name for launch in log] == launches * 2
+
+
+def test_no_tokens_are_a_result_of_their_own(on_cuda):
+    """Operators may not return what they were given."""
+    x, *rest = CALLS["moe_decode"]
+    y, expert, share = call("moe_decode")(x[:, :0], *rest)
+    assert (y.shape, expert.shape, share.shape) == ((2, 0, K), (0, 2), (0, 2))
+    assert y.untyped_storage()._cdata != x.untyped_storage()._cdata
 
 
 @pytest.mark.parametrize("name", OP_CALLS)
