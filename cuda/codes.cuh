@@ -3,7 +3,7 @@
 //
 //   Codes<TABLE, BITS> c;              TABLE is LINEAR, E2M1 or CODEBOOK; others are one of them (`Form`)
 //   c.open(words, part)                registers a table needs
-//   c.WIDTH, c.PLANES                  bits of a code; how many bytes one becomes
+//   c.WIDTH, c.PLANES, c.SIGNED        bits of a code; how many bytes one becomes, and of which kind
 //   c.four(w, q, out)                  w: BITS words, 32 codes. out[0..PLANES): byte j of each belongs to column
 //                                      column_of(Form::order, q, j) of the 32, q < 8 known when compiled
 //   c.value(f, stride)                 the number that sums f[p * stride] of the products of PLANES stand for
@@ -37,20 +37,6 @@ __host__ __device__ constexpr int scale_of(uint kind) { return int(kind & 255); 
 __host__ __device__ constexpr bool is_rotated(uint kind) { return kind >> 24 & 1; }  // the part reads x rotated
 __host__ __device__ constexpr int group_of(uint kind) { return 32 * int(kind >> 25); }  // 0: a scale for the row, or none
 
-// Whether codes of a table and bits may come. HM_KINDS lists the kinds of parts that a text is for, where that is known
-// (hadamoe.mlx_cuda): for all of them it compiles five times as long.
-__host__ __device__ constexpr bool may_come(int table, int bits) {
-#ifdef HM_KINDS
-  for (uint kind : {HM_KINDS}) {
-    const int own = table_of(kind) == LINEAR_SIGNED ? LINEAR : table_of(kind) == E2M1_GGUF ? E2M1 : table_of(kind);
-    if (own == table && bits_of(kind) == bits) return true;
-  }
-  return false;
-#else
-  return true;
-#endif
-}
-
 // In which order codes leave their words.
 enum Order { NATURAL, PAIRS, FOURS, GGUF };
 // Column, of 32, of byte j of word q.
@@ -68,20 +54,34 @@ struct Form {
   int span;    // columns of one exact integer: they share a scale
   int centre;  // is taken off every byte, to keep sums small: bias * sum(x) would cancel most of them
 };
-__host__ __device__ constexpr int span_of(int table, int group) {
-  return table == E2M1 || table == E2M1_GGUF ? 32 : group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
+// 128 for most experts' kind, a codebook's two bits, of which a lane takes 64 columns at once.
+__host__ __device__ constexpr int span_of(uint kind) {
+  const int table = table_of(kind), group = group_of(kind);
+  if (table == CODEBOOK && bits_of(kind) == 2 && group % 128 == 0) return 128;
+  return table == E2M1 || table == E2M1_GGUF || group % 64 ? 32 : 64;
 }
-// 8 to 32 bytes of a row: 16 for a codebook's two bits, most experts' kind, in spans that are long enough.
-__host__ __device__ constexpr int wide_of(int table, int bits, int group) {
-  return table == CODEBOOK && bits == 2 && span_of(table, group) == 128 ? 64 : 32;
+__host__ __device__ constexpr int wide_of(uint kind) { return span_of(kind) == 128 ? 64 : 32; }
+// Whether codes of a table and bits may come, in such spans if given. HM_KINDS lists the kinds of parts that a text is
+// for, where that is known (hadamoe.mlx_cuda): for all of them it compiles ten times as long.
+__host__ __device__ constexpr bool may_come(int table, int bits, int span = 0) {
+#ifdef HM_KINDS
+  for (uint kind : {HM_KINDS}) {
+    const int of = table_of(kind), own = of == LINEAR_SIGNED ? LINEAR : of == E2M1_GGUF ? E2M1 : of;
+    if (own == table && bits_of(kind) == bits && (span == 0 || span_of(kind) == span)) return true;
+  }
+  return false;
+#else
+  return true;
+#endif
 }
+
 __host__ __device__ constexpr int centre_of(int table, int bits) {
-  return table == CODEBOOK ? bits == 2 : table >= E2M1 || bits == 8 ? 0 : 1 << (bits - 1);
+  return table == CODEBOOK ? bits == 2 : table >= E2M1 ? 0 : 1 << (bits - 1);
 }
 __device__ inline Form form_of(uint kind) {
-  const int table = table_of(kind), bits = bits_of(kind), group = group_of(kind);
+  const int table = table_of(kind), bits = bits_of(kind);
   const int order = table == E2M1_GGUF ? GGUF : bits == 2 ? FOURS : bits == 4 && table < E2M1 ? PAIRS : NATURAL;
-  return {order, wide_of(table, bits, group), span_of(table, group), centre_of(table, bits)};
+  return {order, wide_of(kind), span_of(kind), centre_of(table, bits)};
 }
 
 // Scale or bias i of those at a place: its bits, and the number.
@@ -131,16 +131,16 @@ __device__ inline uint apart(uint p) {
 template <int TABLE, int BITS>
 struct Codes;
 
-// Code minus its middle, which 8 bits need to be signed; else the code.
 template <int BITS>
 struct Codes<LINEAR, BITS> {
   static constexpr int KIND = LINEAR, WIDTH = BITS, PLANES = 1;
+  static constexpr bool SIGNED = false;
   static constexpr bool SHIFTS = true;  // a number times sum(x) is added: base, or a bias
   static constexpr float unit = 1.0f, base = float(1 << (BITS - 1));  // base: with a bias only
   __device__ void open(const uint*, const Part&) {}
   __device__ void four(const uint* w, int q, uint* out) const {
     if constexpr (BITS == 8) {
-      out[0] = w[q] ^ 0x80808080u;
+      out[0] = w[q];
     } else if constexpr (BITS == 4) {
       out[0] = w[q / 2] >> 4 * (q % 2) & 0x0f0f0f0fu;
     } else if constexpr (BITS == 2) {
@@ -166,6 +166,7 @@ __device__ inline uint of_halves(uint w, int q) { return ((w >> 1 & 0x44444444u)
 template <>
 struct Codes<E2M1, 4> {
   static constexpr int KIND = E2M1, WIDTH = 4, PLANES = 1;
+  static constexpr bool SIGNED = true;
   static constexpr bool SHIFTS = false;
   static constexpr float unit = 0.5f, base = 0.0f;
   __device__ void open(const uint*, const Part&) {}
@@ -181,6 +182,7 @@ struct Codes<E2M1, 4> {
 template <bool SYMMETRIC>
 struct TwoBits {
   static constexpr int KIND = CODEBOOK, WIDTH = 2, PLANES = SYMMETRIC ? 2 : 3;
+  static constexpr bool SIGNED = true;
   static constexpr bool SHIFTS = true;
   static constexpr float unit = 1.0f;
   float first, second, both, base;
@@ -209,6 +211,7 @@ struct TwoBits {
 template <int BITS>
 struct Codes<CODEBOOK, BITS> {
   static constexpr int KIND = CODEBOOK, WIDTH = BITS, PLANES = 3;
+  static constexpr bool SIGNED = true;
   static constexpr bool SHIFTS = false;
   static constexpr float base = 0.0f;
   uint entry[3][BITS == 4 ? 4 : 2];
@@ -244,7 +247,9 @@ template <int BITS>
 __device__ void Codes<CODEBOOK, BITS>::open(const uint* words, const Part& part) {
   constexpr int size = 1 << BITS;
   const float* table = reinterpret_cast<const float*>(piece(words, part.table));
-  const uint largest = warp_largest(__float_as_uint(table[lane_index() % size]) & 0x7fffffffu);
+  uint lane = lane_index();
+  keep_here(lane);  // or its place in all tables would be made ahead of all loops, and kept in registers
+  const uint largest = warp_largest(__float_as_uint(table[lane % size]) & 0x7fffffffu);
   const int e = Fixed<3>::exponent(largest);
   EACH(i, size / 4) {
     int v[4];

@@ -23,13 +23,13 @@ struct moe_down {
     const size_t t = blockIdx.y;
     const uint warps = blockDim.x / 32, widest = max(columns, shared_columns), blocks = whole_blocks(widest);
     // in shared memory: zeros, terms[s][16], 16 sums a warp, the choice, then for each warp bytes, sums and numbers of a row
-    float *terms = shared_at<float>(128), *scratch = terms + (top_k + 1 + warp) * HEIGHT;
+    float *terms = shared_at<float>(ZEROS<1>), *scratch = terms + (top_k + 1 + warp) * HEIGHT;
     float* share = terms + (top_k + 1 + warps) * HEIGHT;
     uint* expert = reinterpret_cast<uint*>(share + 64);
-    const uint own = 128 + 4 * ((top_k + 1 + warps) * HEIGHT + 128) + warp * blocks * 1024;
-    const Places at{0, 0, 0, own, own + blocks * 384, own + blocks * 512};
+    const uint own = ZEROS<1> + 4 * ((top_k + 1 + warps) * HEIGHT + 128) + warp * blocks * 1024;
+    const Places at{0, 0, 0, 0, own, own + blocks * 384, own + blocks * 512};
     logits += t * (experts + 1);
-    clear_zeros();
+    clear_zeros<1>();
     fetch_lines(parts, 0, size_t(experts + 1) * part_count * sizeof(Part),
                 threadIdx.x + blockDim.x * (blockIdx.x + gridDim.x * blockIdx.y), blockDim.x * gridDim.x * gridDim.y);
     if (warp == 0) {

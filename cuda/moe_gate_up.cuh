@@ -26,7 +26,7 @@ struct moe_gate_up {
     const Input input{x, gamma, F32, eps, {pre, post, in, int(k), block, pres, posts}};
     float* terms = shared_at<float>(at.turned) + padded(int(k));  // of gate, of up
     uint* chosen = reinterpret_cast<uint*>(terms + 2 * HEIGHT);
-    clear_zeros();
+    clear_zeros<1>();
     // the table, of which nobody knows yet what is needed, comes while others still work
     fetch_lines(parts, 0, size_t(experts + 1) * part_count * sizeof(Part),
                 threadIdx.x + THREADS * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)),

@@ -102,15 +102,8 @@ struct WarpRows {
 
   template <class Tiles>
   __device__ __forceinline__ void run() {
-    Tiles tiles{words, part_at(part_of, 0), columns, end, at};
-    tiles.open();
-    const uint steps = (columns + Tiles::STEP - 1) / Tiles::STEP;
-    HM_NO_UNROLL for (uint step = 0; step < steps; step++) {
-      typename Tiles::Piece codes;
-      tiles.load(codes, step, first);
-      tiles.multiply(codes, step, first);
-    }
-    tiles.leave(to);
+    Tiles tiles(words, part_at(part_of, 0), at, columns, end);
+    tiles.run(first, 0, 0, (columns + Tiles::STEP - 1) / Tiles::STEP, to);
   }
   // A lane has 8 columns of 256, four rows at a time.
   template <int DTYPE>

@@ -17,7 +17,7 @@ constexpr uint FULL = 0xffffffffu;  // every lane
 __device__ inline uint lane_index() { return threadIdx.x % 32; }
 __device__ inline uint warp_index() { return threadIdx.x / 32; }
 
-__device__ inline uint min_of(uint a, uint b) { return a < b ? a : b; }
+__host__ __device__ constexpr uint min_of(uint a, uint b) { return a < b ? a : b; }
 __device__ inline float infinity() { return __uint_as_float(0x7f800000u); }  // INFINITY is no name for NVRTC
 
 // Shared memory of the launch, from its first byte on: 16-byte aligned.

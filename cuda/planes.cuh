@@ -9,7 +9,8 @@
 //   sums    [span][token][2]: of a span's columns; what lanes t with t % 2 == 0, and 1, need:
 //           { start of h, start of m, 256 u, sum of x } and { start of nothing, start of l, u, 0 }
 //           start: MAGIC - centre * sum of the plane, u: the power of two (NaN where x is not finite)
-//   zeros   128 bytes of them, for lanes that have no part in a column
+//   zeros   as many bytes of them as a lane's columns of a step are apart, for lanes that have no part in a column
+//   join    [16 rows][warp][row][token] f32: what warps that share columns have of CHUNK rows; results: their sums
 #pragma once
 #include "codes.cuh"
 
@@ -22,17 +23,21 @@ constexpr int MAGIC = 0x4b400000;
 
 // Where things lie, in bytes from the beginning of shared memory.
 struct Places {
-  uint zeros, join, inverse, bytes, sums, turned;
+  uint zeros, results, join, inverse, bytes, sums, turned;
 };
+// Rows of a block at once, at most.
+template <int T>
+constexpr uint CHUNK = T > 2 ? 64 : 128;
+template <int T>
+constexpr uint ZEROS = 768 * T;
 // Planes and sums of rows of `columns` numbers, at any span.
 __host__ __device__ constexpr uint whole_blocks(uint columns) { return (columns + 255) / 256 * 2; }
-constexpr uint RESULTS = 128;  // of rows.cuh
 template <int T>
 __host__ __device__ constexpr Places places_for(uint columns) {
   const uint blocks = whole_blocks(columns);
-  const uint join = RESULTS + 128 * T * 4, inverse = join + 2 * WARPS * 16 * T * 4, bytes = inverse + 128;
+  const uint join = ZEROS<T> + CHUNK<T> * T * 4, inverse = join + CHUNK<T> * WARPS * T * 4, bytes = inverse + 128;
   const uint sums = bytes + blocks * T * 384;
-  return {0, join, inverse, bytes, sums, sums + blocks * T * 4 * 32};
+  return {0, ZEROS<T>, join, inverse, bytes, sums, sums + blocks * T * 4 * 32};
 }
 template <class A>
 __device__ inline A* shared_at(uint place) {
@@ -40,8 +45,9 @@ __device__ inline A* shared_at(uint place) {
 }
 
 // Zeros for lanes without a part in a column; a barrier must follow.
+template <int T>
 __device__ inline void clear_zeros() {
-  if (threadIdx.x < 32) shared_memory<uint>()[threadIdx.x] = 0;
+  for (uint i = threadIdx.x; i < ZEROS<T> / 4; i += blockDim.x) shared_memory<uint>()[i] = 0;
 }
 
 // Sums of the planes' words over a span's lanes, to shared memory by the first of them.

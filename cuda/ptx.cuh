@@ -23,13 +23,19 @@ __device__ inline void fetch_line(const void* p) {
 // v is taken as new here: what is made of it is not made before.
 __device__ inline void keep_here(unsigned& v) { asm volatile("mov.b32 %0, %0;" : "+r"(v)); }
 
-// d += a b: 16 rows, 8 columns, 32 signed bytes. PTX ISA, "Matrix Fragments for mma.m16n8k32".
+// d += a b: 16 rows, 8 columns, 32 bytes, signed, or those of a unsigned. PTX ISA, "Matrix Fragments for mma.m16n8k32".
 //   a[0], a[1]: row lane / 4, row lane / 4 + 8, k 4 (lane % 4) ..; a[2], a[3]: the same, k 16 more
 //   b[0], b[1]: column lane / 4, k 4 (lane % 4) .. and 16 more
 //   d[0], d[1]: row lane / 4, columns 2 (lane % 4), + 1; d[2], d[3]: row lane / 4 + 8
 __device__ inline void multiply_bytes(int* d, const unsigned* a, const unsigned* b) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void multiply_unsigned(int* d, const unsigned* a, const unsigned* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

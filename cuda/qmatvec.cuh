@@ -1,4 +1,4 @@
-// y = residual + rotate(norm(x)) W^T for a few tokens: a block reads its codes once for two of them, more would leave no
+// y = residual + rotate(norm(x)) W^T for a few tokens: a block reads its codes once for four of them, more would leave no
 // registers. What x goes through, every block does again for itself: it costs less than a launch.
 #pragma once
 #include "rows.cuh"
@@ -53,7 +53,7 @@ struct qmatvec {
                                              int pres, int posts, float eps, int dtype) {
     const uint slot_of = blockIdx.x % slots, first = blockIdx.x / slots * T;
     const Places at = places_for<T>(columns);
-    clear_zeros();
+    clear_zeros<T>();
     if (expert) wait_for_previous();
     const size_t table = expert ? size_t(expert[first * slots + slot_of]) * part_count : 0;
     uint piece_of = blockIdx.y, begin = slot_of * rows;
@@ -78,16 +78,18 @@ struct qmatvec {
     for (int t = 0; t < T; t++) lay_input<T>(input, at, part.kind, own, t, min_of(first + t, tokens - 1));
     // what is wanted after a product waits in shared memory: registers are for the product
     uint* later = shared_at<uint>(at.inverse) + 16;
-    if (threadIdx.x == 0) later[0] = begin, later[1] = uint(table + p), later[2] = end;
+    if (threadIdx.x == 0) later[0] = begin, later[1] = uint(table + p), later[2] = end, later[3] = first;
     __syncthreads();
-    for (uint n = from; n < later[2]; n += CHUNK) {
+    for (uint n = from; n < later[2]; n += CHUNK<T>) {
       const uint* of = parts + size_t(later[1]) * 8;
       const uint kind = of[1], wide = is_rotated(kind) ? columns : in;
-      fetch_rows(words, part_at(of, 0), wide, n + CHUNK, min_of(n + CHUNK + 32, later[2]));
-      part_rows<T>(words, of, kind, wide, n, min_of(n + CHUNK, later[2]));
-      const uint count = min_of(CHUNK, later[2] - n);
-      for (uint i = threadIdx.x; i < count * T; i += THREADS) {
-        const uint token = blockIdx.x / slots * T + i % T;
+      fetch_rows(words, part_at(of, 0), wide, n + CHUNK<T>, min_of(n + CHUNK<T> + 32, later[2]));
+      part_rows<T>(words, of, kind, wide, n, min_of(n + CHUNK<T>, later[2]));
+      const uint count = min_of(CHUNK<T>, later[2] - n);
+      uint thread = threadIdx.x;
+      keep_here(thread);
+      HM_NO_UNROLL for (uint i = thread; i < count * T; i += THREADS) {
+        const uint token = later[3] + i % T;
         if (token >= uint(tokens)) continue;
         const size_t to = size_t(token) * slots * rows + later[0] + n + i / T;
         float v = results<T>()[i];

@@ -124,7 +124,7 @@ def down(
     turned = max(w.columns if w.rotation else 0 for w in (experts, shared))
     _fits("a rotated inner state", turned, 256 * _TURNED[-1])
     each = 1024 * (-(-columns // 256) * 2) + 4 * _ROWS  # bytes a warp keeps: `moe_down`
-    fixed = 128 + 4 * ((top_k + 1) * _ROWS + 128)
+    fixed = 768 + 4 * ((top_k + 1) * _ROWS + 128)
     count = next(n for n in _TURNED if 256 * n >= min(columns, 1024))
     warps = min(9 if count == 2 else 8, top_k + 1, max(1, (48 * 1024 - fixed) // each))
     _fits("bytes of an inner state", fixed + warps * each, MEMORY)

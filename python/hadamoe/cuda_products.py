@@ -12,8 +12,8 @@ from .packed import rotated_columns
 #: Numbers of a row that one block rotates, at most.
 SPAN = 4096
 THREADS = 256
-#: Tokens that read the codes together, at most: more would leave no registers for two blocks.
-TOGETHER = 2
+#: How many tokens may read the codes together: more would leave no registers for two blocks.
+TOGETHER = (1, 2, 4)
 #: Tokens that `qmatvec` is for, at most.
 FEW = 8
 #: Bytes of shared memory of a block. More than the 48 KB that every launch may have: two tokens of
@@ -125,8 +125,8 @@ def shared_bytes(together: int, columns: int, turned: int = 0) -> int:
     Args:
         turned: columns of a row that is rotated there, or 0.
     """
-    blocks = -(-columns // 256) * 2
-    return 256 + together * (128 * 4 + 2 * 8 * 16 * 4 + blocks * 512) + 4 * padded(turned)
+    blocks, rows = -(-columns // 256) * 2, 64 if together > 2 else 128
+    return 128 + together * (768 + 36 * rows + 512 * blocks) + 4 * padded(turned)
 
 
 def rows_at_once(kind: int, columns: int) -> int:
@@ -151,10 +151,13 @@ def block_rows(w: GpuWeight, groups: int) -> int:
     return height
 
 
-def _together(tokens: int, columns: int, turned: int) -> int:
-    """How many tokens share the codes: those whose planes fit."""
-    fits = shared_bytes(TOGETHER, columns, turned) <= MEMORY
-    return TOGETHER if tokens > 1 and fits else 1
+def _together(tokens: int, w: GpuWeight, turned: int) -> int:
+    """How many tokens share the codes: those whose planes fit, one for a codebook (rows.cuh)."""
+    if any(table_of(kind) == "codebook" for kind in w.kinds):
+        return 1
+    wanted = _at_least(min(tokens, TOGETHER[-1]), TOGETHER)
+    fits = [n for n in TOGETHER if shared_bytes(n, w.columns, turned) <= MEMORY]
+    return min(wanted, max(fits, default=1))
 
 
 def qmatvec(
@@ -181,7 +184,7 @@ def qmatvec(
     """
     columns = w.in_features if rotate else w.columns
     turned = w.columns if rotate else 0
-    together = 1 if slots else _together(tokens, w.columns, turned)
+    together = 1 if slots else _together(tokens, w, turned)
     shared = shared_bytes(together, w.columns, turned)
     if shared > MEMORY:
         raise UnsupportedError(f"qmatvec: {w.columns} columns need {shared} bytes, has {MEMORY}")
@@ -248,7 +251,7 @@ def dequantize(count: int, w: GpuWeight, dtype: str) -> Launch:
 
 def in_tiles(tokens: int, w: GpuWeight, slots: int) -> bool:
     """Whether tiles of tokens and rows are for these tokens, or `qmatvec`, which reads the codes
-    once for every two tokens and takes pairs of a token and an expert one by one."""
+    once for every four tokens and takes pairs of a token and an expert one by one."""
     return tokens * slots >= 4 * w.experts if slots else tokens > FEW
 
 

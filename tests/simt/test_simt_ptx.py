@@ -188,22 +188,24 @@ def test_a_missing_wait_is_found():
     assert "uninitialised-read" in {f.kind for f in result.findings}
 
 
-def test_matrix_product_of_bytes():
+@pytest.mark.parametrize("kind", ["s8", "u8"])
+def test_matrix_product_of_bytes(kind):
     source = """
     __global__ void k(const uint32_t* a, const uint32_t* b, int* c) {
       int t = threadIdx.x, g = t / 4, q = t % 4, d[4];
       uint32_t x[4], y[2];
       for (int i = 0; i < 4; i++) x[i] = a[(g + i % 2 * 8) * 8 + q + i / 2 * 4];
       for (int i = 0; i < 2; i++) y[i] = b[g * 8 + q + i * 4];
-      asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+      asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.KIND.s8.s32 {%0, %1, %2, %3}, "
                    "{%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
                    : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                    : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "r"(5));
       for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + q * 2 + i % 2] = d[i];
     }
-    """
+    """.replace("KIND", kind)
     rng = np.random.default_rng(4)
     a, b = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((16, 32), (8, 32)))
+    a = a.view(np.uint8) if kind == "u8" else a
     c = np.zeros((16, 8), np.int32)
     kernel = compile_kernel(source, "k", check=True)
     result = kernel([a.view(np.uint32), b.view(np.uint32), c], (1, 1, 1), (32, 1, 1), outputs=[2])

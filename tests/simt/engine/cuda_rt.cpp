@@ -61,9 +61,9 @@ template <int kind> static double number(uint32_t word, int i) {
   if (kind == BF16) return bfloat_to_float(uint16_t(word >> 16 * i));
   return kind == S8 ? int8_t(word >> 8 * i) : uint8_t(word >> 8 * i);
 }
-template <int kind> static void multiply(Lane**, int n, Lane** by_lane, int) {
+template <int a_kind, int b_kind = a_kind> static void multiply(Lane**, int n, Lane** by_lane, int) {
   if (n < 32) return;  // the engine reports the lanes that are absent
-  constexpr bool integer = kind == S8 || kind == U8;
+  constexpr bool integer = b_kind == S8 || b_kind == U8;
   constexpr int packed = integer ? 4 : 2, depth = 8 * packed;
   double a[16][32], b[32][8];
   for (int l = 0; l < 32; l++) {
@@ -71,8 +71,8 @@ template <int kind> static void multiply(Lane**, int n, Lane** by_lane, int) {
     const int row = l / 4, column = l % 4 * packed;
     for (int i = 0; i < packed; i++) {
       for (int r = 0; r < 4; r++)
-        a[row + r % 2 * 8][column + i + r / 2 * depth / 2] = number<kind>(p.a[r], i);
-      for (int r = 0; r < 2; r++) b[column + i + r * depth / 2][row] = number<kind>(p.b[r], i);
+        a[row + r % 2 * 8][column + i + r / 2 * depth / 2] = number<a_kind>(p.a[r], i);
+      for (int r = 0; r < 2; r++) b[column + i + r * depth / 2][row] = number<b_kind>(p.b[r], i);
     }
   }
   for (int l = 0; l < 32; l++) {
@@ -92,7 +92,8 @@ template <int kind> static void multiply(Lane**, int n, Lane** by_lane, int) {
   }
 }
 EXPORT void simt_mma(Product* p, int kind, const char* file, uint32_t line) {
-  static const ResolveFn resolve[] = {multiply<F16>, multiply<BF16>, multiply<S8>, multiply<U8>};
+  static const ResolveFn resolve[] = {multiply<F16>, multiply<BF16>, multiply<S8>, multiply<U8>,
+                                      multiply<U8, S8>};
   simt_block_coll(p, 0, ~0u, resolve[kind], file, line);
 }
 

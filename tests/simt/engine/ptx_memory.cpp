@@ -88,6 +88,7 @@ bool multiply_matrix(const Machine& m, const Instruction& i) {
       {"m16n8k16.row.col.f32.bf16.bf16.f32", BF16},
       {"m16n8k32.row.col.s32.s8.s8.s32", S8},
       {"m16n8k32.row.col.s32.u8.u8.s32", U8},
+      {"m16n8k32.row.col.s32.u8.s8.s32", U8_S8},
   };
   const size_t head = i.text.find("mma.sync.aligned.");
   if (head == std::string::npos) return false;

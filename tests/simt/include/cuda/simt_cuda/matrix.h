@@ -3,8 +3,8 @@
 #include "types.h"
 
 namespace simt_cuda {
-enum Multiplicand { F16, BF16, S8, U8 };
-// D = A * B + C of one warp. m16n8k16 of f16 or bf16 into f32; m16n8k32 of s8 or u8 into s32.
+enum Multiplicand { F16, BF16, S8, U8, U8_S8 };  // U8_S8: A unsigned, B signed
+// D = A * B + C of one warp. m16n8k16 of f16 or bf16 into f32; m16n8k32 of bytes into s32.
 // A is 4 registers, B is 2, C and D are 4 numbers.
 struct Product {
   uint32_t a[4], b[2], c[4], d[4];
