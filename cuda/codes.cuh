@@ -207,7 +207,7 @@ struct TwoBits {
   }
 };
 
-// Entries in 24-bit fixed point of the largest, as three signed bytes: off by 2^-24 of it at most.
+// Entries in 24-bit fixed point of the largest, as three signed bytes: off by 2^-23 of it at most.
 template <int BITS>
 struct Codes<CODEBOOK, BITS> {
   static constexpr int KIND = CODEBOOK, WIDTH = BITS, PLANES = 3;

@@ -1,5 +1,5 @@
 // Tokens as products read them: 24-bit fixed point in three signed bytes, x = 2^16 h + 2^8 m + l, with a power of two
-// for each 128 columns, the smallest that holds the largest of them: off by 2^-24 of it at most, as f32 products are.
+// for each 128 columns, the smallest that holds the largest of them: off by 2^-23 of it at most, as sums in f32 are.
 //
 // In shared memory, for T tokens:
 //   bytes   [block of 128][token][h m l][lane t < 4][32]: the columns that lane t of four multiplies, in the order in

@@ -16,7 +16,7 @@ THREADS = 256
 TOGETHER = (1, 2, 4)
 #: Tokens that `qmatvec` is for, at most.
 FEW = 8
-#: Bytes of shared memory of a block. More than the 48 KB that every launch may have: two tokens of
+#: Bytes of shared memory of a block. More than the 48 KB that every launch may have: four tokens of
 #: 4096 columns lie there as three bytes each, with their sums, and one rotated.
 MEMORY = 96 << 10
 #: Largest numbers, at most, that `largest` finds one after the other.

@@ -38,9 +38,10 @@ def one_token(instances):
 
 
 def more_tokens():
-    """Two at once, of each table; of experts; f16 and bf16."""
+    """Two and four at once, of each table; of experts; f16 and bf16."""
     for inst in {i.table: i for i in INSTANCES}.values():
-        mlx.qmatmul(mx.zeros((2, 256)), weight(inst, 24))
+        for tokens in (2, 4):
+            mlx.qmatmul(mx.zeros((tokens, 256)), weight(inst, 24))
     inst, other = INSTANCES[0], INSTANCES[-1]
     mlx.qmatmul(mx.zeros((1, 256)), weight(inst, 24, experts=2), expert=first(1))
     for dtype in (mx.float16, mx.bfloat16):

@@ -130,6 +130,17 @@ def test_tokens_together_have_the_bits_of_tokens_alone(inst, group, rng):
             np.testing.assert_array_equal(product(x[:tokens], w), alone[:tokens])
 
 
+@pytest.mark.parametrize(("tokens", "together"), [(1, 1), (2, 2), (3, 4), (8, 4)])
+def test_tokens_share_the_codes(tokens, together, rng):
+    """But for a codebook's."""
+    linear, book = Instance("linear", 8, "bf16"), Instance("codebook", 4, "f32")
+    for inst, want in ((linear, together), (book, 1)):
+        w = gpu_weight(ops.pack(samples.random_weight(rng, inst, 16, 256)))
+        launch = cuda_products.qmatvec(tokens, w, "float32")
+        assert launch.constants == (want,)
+        assert launch.groups[0] == -(-tokens // want)
+
+
 @pytest.mark.parametrize("options", [{"contract": False}, {"schedule": "random", "seed": 7}])
 def test_another_schedule(options, rng):
     w = samples.random_weight(rng, Instance("linear", 6, "bf16"), 20, 640, kind="gaussian")
