@@ -62,7 +62,7 @@ __host__ __device__ constexpr int span_of(uint kind) {
 }
 __host__ __device__ constexpr int wide_of(uint kind) { return span_of(kind) == 128 ? 64 : 32; }
 // Whether codes of a table and bits may come, in such spans if given. HM_KINDS lists the kinds of parts that a text is
-// for, where that is known (hadamoe.mlx_cuda): for all of them it compiles ten times as long.
+// for, where that is known (hadamoe.mlx_cuda): for all of them it compiles far longer.
 __host__ __device__ constexpr bool may_come(int table, int bits, int span = 0) {
 #ifdef HM_KINDS
   for (uint kind : {HM_KINDS}) {

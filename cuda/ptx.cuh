@@ -20,7 +20,7 @@ __device__ inline void fetch_line(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 
-// v is taken as new here: what is made of it is not made before.
+// v is taken as new here: nvcc makes nothing of it before; ptxas, to which this is a move, may.
 __device__ inline void keep_here(unsigned& v) { asm volatile("mov.b32 %0, %0;" : "+r"(v)); }
 
 // d += a b: 16 rows, 8 columns, 32 bytes, signed, or those of a unsigned. PTX ISA, "Matrix Fragments for mma.m16n8k32".
