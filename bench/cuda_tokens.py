@@ -3,7 +3,7 @@
     python bench/cuda_tokens.py [--batch 1] [--kv bf16] [--out FILE]
 
 What a graph would record is noted, and nothing runs. Four layers of the full model are built (three
-Gated DeltaNet, one attention) and counted for forty. Times are bytes over a measured copy rate:
+Gated DeltaNet, one attention) and counted for forty. Times are bytes over an assumed copy rate:
 arithmetic, not measurements.
 """
 

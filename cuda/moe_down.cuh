@@ -44,7 +44,7 @@ struct moe_down {
     HM_NO_UNROLL for (uint s = warp; s <= uint(top_k); s += warps) {
       const uint k = s < uint(top_k) ? columns : shared_columns;
       Parts some(parts, expert[s], part_count, first, count);
-      while (some.next()) fetch_part(words, some.here, k, some.lo, some.hi, lane, 32);
+      while (some.next()) fetch_rows(words, part_at(some.here, 0), k, some.lo, some.hi, lane, 32);
     }
     wait_for_previous();
     HM_NO_UNROLL for (uint s = warp; s <= uint(top_k); s += warps) {

@@ -41,7 +41,7 @@ struct moe_gate_up {
     const uint expert = *chosen, count = min_of(HEIGHT, rows - first);
     HM_NO_UNROLL for (uint side = 0; side < 2; side++) {
       Parts some(parts, expert, part_count, side * rows + first, count);
-      while (some.next()) fetch_part(words, some.here, k, some.lo, some.hi, threadIdx.x, THREADS);
+      while (some.next()) fetch_rows(words, part_at(some.here, 0), k, some.lo, some.hi);
     }
     uint laid = NONE;  // the kind for which x lies in shared memory
     HM_NO_UNROLL for (uint side = 0; side < 2; side++) {

@@ -1,4 +1,4 @@
-// Rows of an expert, whose parts may be cut anywhere, on their way to the L2 and times a row by one warp.
+// Rows of an expert, whose parts may be cut anywhere, times a row by one warp.
 #pragma once
 #include "rows.cuh"
 
@@ -25,24 +25,6 @@ struct Parts {
     return true;
   }
 };
-
-// The lines of an array, dealt to `step` threads.
-__device__ inline void fetch_lines(const void* array, size_t begin, size_t end, uint index, uint step) {
-  const unsigned char* p = static_cast<const unsigned char*>(array);
-  for (size_t at = begin + 128 * index; at < end + 127; at += 128 * step) fetch_line(p + (at < end ? at : end - 1));
-}
-// All that rows lo .. hi - 1 of a part are made of: these bytes are needed at once, some hundred cycles later.
-__device__ inline void fetch_part(const uint* words, const uint* part_of, uint columns, uint lo, uint hi, uint index,
-                                  uint step) {
-  const Part part = part_at(part_of, 0);
-  fetch_lines(piece(words, part.codes), size_t(lo) * part.stride * 4, size_t(hi) * part.stride * 4, index, step);
-  if (table_of(part.kind) == PLAIN) return;
-  const uint group = group_of(part.kind), groups = group ? (columns + group - 1) / group : 1;
-  const int scale = scale_of(part.kind), bytes = scale == F32 ? 4 : scale == E8M0 ? 1 : 2;
-  const size_t row = size_t(groups) * bytes;
-  fetch_lines(piece(words, part.scale), lo * row, hi * row, index, step);
-  if (part.bias != NONE) fetch_lines(piece(words, part.bias), lo * row, hi * row, index, step);
-}
 
 // A rotation taken as new here: what every row has in common would otherwise be made ahead of all loops, and kept.
 __device__ __forceinline__ Rotation taken_here(Rotation r) {
@@ -118,13 +100,9 @@ struct WarpRows {
           const uint* row = piece(words, part.codes) + size_t(min_of(n + r, end - 1)) * part.stride;
           load_words<EACH_WORDS>(row + k / 8 * EACH_WORDS, w[r]);
         }
-        const float* x = shared_at<float>(at.bytes);
-        const float4 a = *reinterpret_cast<const float4*>(x + slot(k)), b = *reinterpret_cast<const float4*>(x + slot(k + 4));
-        const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        EACH(r, 4) EACH(j, 8) {
-          const uint bits = DTYPE == F32 ? w[r][j % EACH_WORDS] : w[r][j / 2] >> 16 * (j % 2) & 0xffffu;
-          sum[r] = fmaf(scale_number(bits, DTYPE), y[j], sum[r]);
-        }
+        float y[8];
+        eight_of(shared_at<float>(at.bytes), k, y);
+        EACH(r, 4) EACH(j, 8) sum[r] = fmaf(plain_number<DTYPE>(w[r], j), y[j], sum[r]);
       }
       EACH(r, 4) {
         sum[r] = warp_sum(sum[r]);

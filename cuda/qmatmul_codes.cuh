@@ -1,5 +1,5 @@
 // A part's codes as A of mma: of each 32 columns of a row (a step) a lane has 8, as two words of signed bytes. Decoded
-// from shared memory in registers, 0.4 to 2.3 instructions a code.
+// from shared memory in registers.
 #pragma once
 #include "codes.cuh"
 

@@ -20,20 +20,22 @@ __device__ __forceinline__ void lay_token(const Places& at, uint kind, uint colu
   else make_planes<T>(at, form_of(kind), columns, token, get, warp, warps);
 }
 
-// Bytes first .. end - 1 on their way to the L2, where they need no registers.
-__device__ __forceinline__ void fetch_bytes(const uint* from, size_t first, size_t end) {
-  HM_NO_UNROLL for (size_t at = first + threadIdx.x * 128; at < end; at += 32 * WARPS * 128)
-    fetch_line(reinterpret_cast<const unsigned char*>(from) + at);
+// Bytes begin .. end - 1 of an array on their way to the L2, where they need no registers: by `step` threads, of which
+// this is number `index`.
+__device__ __forceinline__ void fetch_lines(const void* array, size_t begin, size_t end, uint index, uint step) {
+  const unsigned char* p = static_cast<const unsigned char*>(array);
+  HM_NO_UNROLL for (size_t at = begin + 128 * index; at < end + 127; at += 128 * step) fetch_line(p + (at < end ? at : end - 1));
 }
-// Codes, scales and biases of rows first .. end - 1.
-__device__ __forceinline__ void fetch_rows(const uint* words, const Part& part, uint columns, uint first, uint end) {
+// Codes, scales and biases of rows first .. end - 1 of a part.
+__device__ __forceinline__ void fetch_rows(const uint* words, const Part& part, uint columns, uint first, uint end,
+                                           uint index = threadIdx.x, uint step = 32 * WARPS) {
   if (first >= end) return;
-  fetch_bytes(piece(words, part.codes), size_t(first) * part.stride * 4, size_t(end) * part.stride * 4);
-  if (table_of(part.kind) == PLAIN || group_of(part.kind) == 0) return;
-  const uint dtype = scale_of(part.kind), size = dtype == F32 ? 4 : dtype == E8M0 ? 1 : 2;
-  const size_t line = size_t(columns + part.group - 1) / part.group * size;
-  fetch_bytes(piece(words, part.scale), first * line, end * line);
-  if (part.bias != NONE) fetch_bytes(piece(words, part.bias), first * line, end * line);
+  fetch_lines(piece(words, part.codes), size_t(first) * part.stride * 4, size_t(end) * part.stride * 4, index, step);
+  if (table_of(part.kind) == PLAIN) return;
+  const uint group = group_of(part.kind), groups = group ? (columns + group - 1) / group : 1;
+  const size_t line = size_t(groups) << scale_log(scale_of(part.kind));
+  fetch_lines(piece(words, part.scale), first * line, end * line, index, step);
+  if (part.bias != NONE) fetch_lines(piece(words, part.bias), first * line, end * line, index, step);
 }
 
 template <int T>
@@ -44,6 +46,16 @@ __device__ __forceinline__ float* results() {
 // 2^split of a block's warps share rows of a kind.
 __host__ __device__ constexpr uint split_of(uint steps) { return steps >= 8 ? 3 : steps >= 4 ? 2 : steps >= 2 ? 1 : 0; }
 
+// Columns k .. k + 7 of what make_numbers lays.
+__device__ __forceinline__ void eight_of(const float* x, uint k, float* y) {
+  const float4 a = *reinterpret_cast<const float4*>(x + slot(k)), b = *reinterpret_cast<const float4*>(x + slot(k + 4));
+  y[0] = a.x, y[1] = a.y, y[2] = a.z, y[3] = a.w, y[4] = b.x, y[5] = b.y, y[6] = b.z, y[7] = b.w;
+}
+// Number j of words of plain ones.
+template <int DTYPE>
+__device__ __forceinline__ float plain_number(const uint* w, int j) {
+  return scale_number(DTYPE == F32 ? w[j] : w[j / 2] >> 16 * (j % 2) & 0xffffu, DTYPE);
+}
 // Plain numbers: a warp has a row, its lanes 8 columns each of 256.
 template <int T, int DTYPE>
 __device__ __forceinline__ void plain_rows(const uint* words, const uint* part_of, uint columns, uint first, uint end) {
@@ -66,13 +78,9 @@ __device__ __forceinline__ void plain_rows(const uint* words, const uint* part_o
         const uint k = k0 + 256 * i + 8 * lane;
         if (k0 + 256 * i >= wide) break;
         EACH(t, T) {
-          const float* x = shared_at<float>(at.bytes) + t * wide;
-          const float4 a = *reinterpret_cast<const float4*>(x + slot(k)), b = *reinterpret_cast<const float4*>(x + slot(k + 4));
-          const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-          EACH(j, 8) {
-            const uint bits = DTYPE == F32 ? w[i][j % EACH_WORDS] : w[i][j / 2] >> 16 * (j % 2) & 0xffffu;
-            sum[t] = fmaf(scale_number(bits, DTYPE), y[j], sum[t]);
-          }
+          float y[8];
+          eight_of(shared_at<float>(at.bytes) + t * wide, k, y);
+          EACH(j, 8) sum[t] = fmaf(plain_number<DTYPE>(w[i], j), y[j], sum[t]);
         }
       }
     }

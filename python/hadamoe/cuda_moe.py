@@ -32,10 +32,9 @@ _TURNED = (2, 4)
 def _rotation(experts: GpuWeight, shared: GpuWeight) -> tuple[dict[str, bool], dict[str, int]]:
     """Inputs and sizes of the rotation that either weight wants."""
     r = experts.rotation or shared.rotation
-    signs = {"pre": r and r.pre, "post": r and r.post}
-    there = {name: s is not None for name, s in signs.items()}
-    counts = {f"{name}s": 1 if s is None else len(s) for name, s in signs.items()}
-    return there, {"block": (r and r.block) or 0, **counts}
+    counts = r.sign_counts if r else {"pre": 0, "post": 0}
+    there = {name: n > 0 for name, n in counts.items()}
+    return there, {"block": (r and r.block) or 0, **{f"{k}s": n or 1 for k, n in counts.items()}}
 
 
 def _fits(what: str, need: int, most: int) -> None:

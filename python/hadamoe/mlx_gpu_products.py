@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from . import gpu_calls
 from .gpu_calls import dtype_name
-from .mlx_gpu import front, product, resident, run
+from .mlx_gpu import front, product, resident
 from .packed import PackedWeight
 
 
@@ -54,8 +54,6 @@ def qmatmul_top(
     if top > plans.TOP:
         values, index = _sorted(values, top)
     else:
-        index = None
-        for launch in plans.largest(len(flat), w.rows, top):
-            values, index = run(launch, {"x": values, "from": index})
+        values, index = gpu_calls.largest(front(), values, top)
     shape = (*x.shape[:-1], top)
     return values.reshape(shape), index.reshape(shape)

@@ -85,7 +85,7 @@ class Machine:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         current = torch.cuda.current_stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # torch.cuda.graph collects garbage first: 100 ms and more
+        with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage first
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 step()

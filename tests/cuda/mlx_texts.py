@@ -65,6 +65,6 @@ def compiles(texts: dict[str, str]) -> None:
     assert not slow
 
 
-def kernels_of(texts: Iterable[str]) -> set[str]:
-    """Names of the kernels in texts."""
-    return set(map(kernel_of, texts))
+def kernels_of(calls: Iterable[Callable[[], object]]) -> set[str]:
+    """Names of the kernels in the texts of calls."""
+    return {kernel_of(text) for call in calls for text in texts_of(call)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import recorded
 import torch
+from pieces import in_pieces
 from simt import cuda, cuda_graph
 from typer.testing import CliRunner
 
@@ -100,16 +101,6 @@ def test_caches_grow(native, monkeypatch):
         got = in_pieces(load(), ids, [61, 1, 1, 1, 1, 1])
     torch.testing.assert_close(got, in_pieces(native, ids, [66]), rtol=0, atol=1e-4)
     assert len(machine.graphs) == 2
-
-
-@torch.no_grad()
-def in_pieces(model, ids, sizes, **options):
-    past, out = None, []
-    for piece in ids.split(sizes, 1):
-        result = model(piece, past_key_values=past, use_cache=True, **options)
-        past = result.past_key_values
-        out.append(result.logits)
-    return torch.cat(out, 1)
 
 
 def test_an_image():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import recorded
 import torch
+from pieces import in_pieces
 from recorded import LOGITS, TOLERANCE
 from simt import cuda, cuda_graph
 
@@ -34,25 +35,14 @@ def load(name, **options):
     return hadamoe.load(recorded.checkpoint(name), **options)[0]
 
 
-@torch.no_grad()
-def one_by_one(model, ids, sizes):
-    """Logits of ids cut into pieces."""
-    past, out = None, []
-    for piece in ids.split(sizes, 1):
-        result = model(piece, past_key_values=past, use_cache=True)
-        past = result.past_key_values
-        out.append(result.logits)
-    return torch.cat(out, 1).numpy()
-
-
 @pytest.mark.usefixtures("no_native_op")
 @pytest.mark.parametrize("name", sorted(LOGITS))
 def test_logits(name):
     """A prompt in two pieces, a token by itself, then a recorded graph's."""
     ids, want, _ = recorded.logits(name)
     with cuda_graph.installed() as (machine, _):
-        got = one_by_one(load(name), torch.from_numpy(ids[:1, :8]), [4, 1, 1, 1, 1])
-    assert np.abs(got - want[:1, :8]).max() < TOLERANCE
+        got = in_pieces(load(name), torch.from_numpy(ids[:1, :8]), [4, 1, 1, 1, 1])
+    assert np.abs(got.numpy() - want[:1, :8]).max() < TOLERANCE
     assert len(machine.graphs) == 1
 
 
@@ -62,7 +52,7 @@ def test_launches_of_a_token(name):
     head and what finds the largest; rotations are inside."""
     with cuda_graph.installed() as (machine, _):
         model = load(name)
-        one_by_one(model, torch.tensor([[65, 66, 67, 68]]), [2, 1, 1])
+        in_pieces(model, torch.tensor([[65, 66, 67, 68]]), [2, 1, 1])
     layers = text_model(model).layers
     linear = sum(layer.linear for layer in layers)
     found = Counter(name.split("<")[0] for name in machine.graphs[0])

@@ -7,6 +7,7 @@ import functools
 import pytest
 import recorded
 import torch
+from pieces import in_pieces
 from recorded import TOLERANCE
 from simt import cuda, cuda_graph
 
@@ -24,24 +25,14 @@ def load(**options):
     return hadamoe.load(path, dtype="float32", **options)[0]
 
 
-@torch.no_grad()
-def one_by_one(model, ids):
-    past, out = None, []
-    for piece in ids.split(1, 1):
-        result = model(piece, past_key_values=past, use_cache=True)
-        past = result.past_key_values
-        out.append(result.logits)
-    return torch.cat(out, 1)
-
-
 @functools.cache
 def wanted():
-    return one_by_one(load(), torch.tensor([[100, 101, 102]]))
+    return in_pieces(load(), torch.tensor([[100, 101, 102]]), 1)
 
 
 @pytest.mark.parametrize("kv", PRESETS)
 def test_tokens_of_the_raw_page(kv):
     """A preset's kernels run, in the graph too; its codes do not count yet."""
     with cuda_graph.installed():
-        got = one_by_one(load(device="cuda", kv=kv), torch.tensor([[100, 101, 102]]))
+        got = in_pieces(load(device="cuda", kv=kv), torch.tensor([[100, 101, 102]]), 1)
     torch.testing.assert_close(got, wanted(), rtol=0, atol=TOLERANCE)

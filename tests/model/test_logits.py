@@ -9,22 +9,13 @@ from recorded import CONTINUATIONS, DECODE_FROM, LOGITS, TOLERANCE
 
 torch = pytest.importorskip("torch")
 
+from pieces import in_pieces  # noqa: E402
+
 
 def recorded_of(name):
     """`recorded.logits` with torch's token ids."""
     ids, *logits = recorded.logits(name)
     return torch.from_numpy(ids), *logits
-
-
-def one_by_one(model, ids, past=None):
-    """Logits of ids fed one token at a time."""
-    out = []
-    with torch.no_grad():
-        for i in range(ids.shape[1]):
-            result = model(ids[:, i : i + 1], past_key_values=past, use_cache=True)
-            past = result.past_key_values
-            out.append(result.logits)
-    return torch.cat(out, 1)
 
 
 def close(got, want, tolerance=TOLERANCE):
@@ -50,7 +41,7 @@ def test_one_forward_equals_token_by_token(name, load):
     """Bit for bit; test_reproducible.py cuts in more ways."""
     model, _ = load(name)
     ids, _, want = recorded_of(name)
-    steps = one_by_one(model, ids)
+    steps = in_pieces(model, ids, 1)
     with torch.no_grad():
         whole = model(ids).logits
         split = model(ids[:, :7], use_cache=True)

@@ -6,6 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pieces import in_pieces  # noqa: E402
+
 from hadamoe import ops  # noqa: E402
 from hadamoe.torch_decode import Decoder  # noqa: E402
 
@@ -27,17 +29,6 @@ def ids_of(text):
 @torch.no_grad()
 def logits_of(model, ids, **options):
     return model(ids, **options).logits
-
-
-@torch.no_grad()
-def in_pieces(model, ids, sizes):
-    """Logits of one sequence fed piece by piece through a cache."""
-    cache, out = None, []
-    for piece in ids.split(sizes, 1):
-        result = model(piece, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
-        out.append(result.logits)
-    return torch.cat(out, 1)
 
 
 @pytest.mark.usefixtures("isa")
