@@ -13,9 +13,12 @@ import os, time
 import numpy as np
 from hadamoe import ops
 
-def cpu_of(thread):
+def stat(thread):
     with open(f"/proc/self/task/{thread}/stat") as f:
-        return int(f.read().rpartition(")")[2].split()[36])
+        return f.read().rpartition(")")[2].split()
+
+def cpu_of(thread):
+    return int(stat(thread)[36])
 
 everywhere, me = os.sched_getaffinity(0), os.getpid()
 os.sched_setaffinity(0, {min(everywhere)})
@@ -29,6 +32,8 @@ apart, end = 0, time.time() + 20
 while apart < 20 and time.time() < end:
     ops.hadamard(x)
     apart += cpu_of(worker) != cpu_of(me)
+while stat(worker)[0] != "S" and time.time() < end:  # it may still be on its way elsewhere
+    time.sleep(0.001)
 print(apart, sorted(os.sched_getaffinity(int(worker))) == sorted(everywhere))
 """
 
